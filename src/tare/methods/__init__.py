@@ -1,0 +1,1 @@
+"""Methods: one file per paper. The registry is `tare.methods.registry`."""

@@ -1,77 +1,114 @@
 """The configuration of a run: frozen dataclasses, one per section, each checking itself when it is built.
 
-A run is `RunConfig(model, data, method, train, run)`. Reading from YAML and flags lives in `train.configfile`.
+A run is `RunConfig(model, data, method, train, run)`. Every field states its help text and its range once
+(`train.settings`); reading from YAML and flags lives in `train.configfile`.
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from tare.core.errors import InputError
+from tare.train.settings import Section, setting
+
 Precision = Literal["fp32", "bf16-autocast", "bf16"]
 
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Section):
     """What is trained. `name`: a named LLaMA size, or a folder/config of `transformers`."""
 
-    name: str = "llama-9m"
-    tokenizer: str | None = None  # a tokenizer folder or tokenizer.json; None = train a byte-level BPE on the data
-    checkpointing: bool = False  # recompute activations in backward
+    title = "model"
+    name: str = setting("llama-9m", "a named size (llama-tiny ... llama-7b) or a transformers folder or config")
+    tokenizer: str | None = setting(None, "tokenizer folder or tokenizer.json; none = a BPE trained on the data")
+    checkpointing: bool = setting(False, "recompute activations in backward: less memory, about a third slower")
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Section):
     """What it is trained on. `source`: "stdlib", a text file or folder, .jsonl, .parquet, or a hub name."""
 
-    source: str = "stdlib"
-    eval_source: str | None = None  # None = documents held out of `source`
-    text_column: str = "text"
-    seq: int = 256
-    eval_fraction: float = 0.02  # share of documents held out when eval_source is None
-    eval_tokens: int = 32_768  # tokens evaluated each time
+    title = "data"
+    source: str = setting("stdlib", '"stdlib", a text file or folder, .jsonl, .parquet, or a hub name')
+    eval_source: str | None = setting(None, "evaluation data; none = documents held out of the source")
+    text_column: str = setting("text", "the column that holds the text in .jsonl, .parquet and hub data")
+    seq: int = setting(256, "tokens per sequence", low=2)
+    eval_fraction: float = setting(0.02, "share of documents held out when there is no eval_source", above=0, below=1)
+    eval_tokens: int = setting(32_768, "tokens evaluated each time", low=1)
 
 
 @dataclass(frozen=True)
-class MethodConfig:
+class MethodConfig(Section):
     """How it is trained. `key`: a registered method or "auto"; None = the method's preset for the model."""
 
-    key: str = "auto"
-    lr: float | None = None
-    rank: int | None = None
-    weight_decay: float | None = None
-    release: bool = False
-    options: dict[str, Any] = field(default_factory=dict)  # further constructor arguments of the method
-    storage: dict[str, Any] = field(default_factory=dict)  # fields of core.storage.Storage
+    title = "method"
+    key: str = setting("auto", 'a method (see "tare methods"), or "auto": the planner\'s choice within the budget')
+    lr: float | None = setting(None, "peak learning rate; none = the method's preset for the model", above=0)
+    rank: int | None = setting(None, "rank of the subspace; none = the method's preset for the model", low=1)
+    weight_decay: float | None = setting(None, "decoupled weight decay; none = the method's preset", low=0)
+    release: bool = setting(False, "step inside backward and free each gradient at once")
+    options: dict[str, Any] = setting(dict, "further constructor arguments of the method")  # noqa: RUF009
+    storage: dict[str, Any] = setting(dict, "how state is kept: moment, basis, weight, block, min_quantized")  # noqa: RUF009
+
+    def check_together(self) -> None:
+        for name in ("lr", "rank", "weight_decay", "release", "storage"):
+            if name in self.options:
+                raise InputError(f"method.options.{name}: conflicts with method.{name}; set method.{name} instead")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Section):
     """The schedule of the run."""
 
-    steps: int = 200
-    batch: int = 8  # sequences per micro-batch
-    accumulate: int = 1  # micro-batches per step
-    schedule: Literal["cosine", "constant"] = "cosine"
-    warmup: float = 0.1  # share of the steps (< 1) or a number of steps
-    final_lr_ratio: float = 0.1  # cosine ends at this share of the peak
-    clip: float | None = 1.0  # global gradient norm; None = off
-    precision: Precision = "fp32"
-    max_bad_steps: int = 10  # non-finite steps in a row before the run stops
+    title = "train"
+    steps: int = setting(200, "optimizer steps", low=1)
+    batch: int = setting(8, "sequences per micro-batch", low=1)
+    accumulate: int = setting(1, "micro-batches per step", low=1)
+    schedule: Literal["cosine", "constant"] = setting("cosine", "learning-rate schedule after the warm-up")
+    warmup: float = setting(0.1, "warm-up: a share of the steps (< 1) or a number of steps", low=0)
+    final_lr_ratio: float = setting(0.1, "the cosine ends at this share of the peak", low=0, high=1)
+    clip: float | None = setting(1.0, "limit of the global gradient norm; none = off", above=0)
+    precision: Precision = setting("fp32", "bf16 holds the weights in bf16 too")  # noqa: RUF009
+    max_bad_steps: int = setting(10, "non-finite steps in a row before the run stops", low=1)
+
+    def check_together(self) -> None:
+        if self.warmup >= 1 and not self.warmup.is_integer():
+            raise InputError(f"train.warmup: expected a share < 1 or a whole number of steps, got {self.warmup:g}")
+        if self.warmup > self.steps:
+            raise InputError(
+                f"train.warmup: expected at most train.steps = {self.steps}, got {self.warmup:g}; "
+                "lower the warm-up or raise the steps"
+            )
 
 
 @dataclass(frozen=True)
-class RunSection:
+class RunSection(Section):
     """Where the run lives and what it may use."""
 
-    out: str = "runs/latest"
-    budget: str | None = None  # e.g. "2GiB"
-    seed: int = 0
-    device: str = "auto"
-    resume: bool = False
-    checkpoint_every: int = 50
-    eval_every: int = 50
-    keep: int = 2
-    threads: int | None = None
-    tensorboard: bool = False
+    title = "run"
+    out: str = setting("runs/latest", "folder of the run")
+    budget: str | None = setting(None, "memory the run may use, e.g. 2GiB; none = no limit")
+    seed: int = setting(0, "seed of everything random", low=0, below=2**63)
+    device: str = setting("auto", "auto, cpu, mps, cuda or cuda:N")
+    resume: bool = setting(False, "continue the run in the output folder")
+    checkpoint_every: int = setting(50, "steps between checkpoints", low=1)
+    eval_every: int = setting(50, "steps between evaluations", low=1)
+    keep: int = setting(2, "checkpoints kept", low=1)
+    threads: int | None = setting(None, "CPU threads; none = torch's own choice", low=1)
+    tensorboard: bool = setting(False, "also write TensorBoard events")
+
+    def check_together(self) -> None:
+        if not _DEVICE.fullmatch(self.device):
+            raise InputError(f"run.device: expected auto, cpu, mps, cuda or cuda:N, got {self.device!r}")
+        if self.budget is not None:
+            from tare.plan.budget import parse_bytes
+
+            try:
+                parse_bytes(self.budget)
+            except InputError as error:
+                raise InputError(f"run.budget: {str(error).removeprefix('budget ')}") from None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,77 @@
+"""Accounting: what state costs, exactly, and which leaf gets what and why."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from tare.core.leaf import Leaf
+from tare.core.storage import Slot
+from tare.core.transform import Transform
+
+
+@dataclass(frozen=True)
+class Row:
+    """One leaf in the accounts."""
+
+    leaf: Leaf
+    transform: Transform
+    slots: dict[str, Slot]
+    why: str = ""
+
+    @property
+    def bytes(self) -> int:
+        return sum(slot.bytes for slot in self.slots.values())
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """Optimizer state in bytes: in all, by kind (moment, basis, exact), by role and by leaf."""
+
+    total: int
+    by_kind: dict[str, int] = field(default_factory=dict)
+    by_role: dict[str, int] = field(default_factory=dict)
+    by_leaf: dict[str, int] = field(default_factory=dict)
+
+    def __int__(self) -> int:
+        return self.total
+
+    @classmethod
+    def of(cls, rows: Iterable[Row]) -> "Breakdown":
+        kinds: dict[str, int] = defaultdict(int)
+        roles: dict[str, int] = defaultdict(int)
+        leaves: dict[str, int] = defaultdict(int)
+        for row in rows:
+            roles[row.leaf.role] += row.bytes
+            leaves[row.leaf.name] += row.bytes
+            for slot in row.slots.values():
+                if slot.form != "count":
+                    kinds[slot.spec.kind] += slot.bytes
+        return cls(sum(leaves.values()), dict(kinds), dict(roles), dict(leaves))
+
+
+def explain(rows: list[Row], notes: list[str]) -> str:
+    """A table: leaf, role, shape, rule, rank, kept as, bytes, why. Alike leaves of one model share a line count."""
+    header = ("leaf", "role", "shape", "rule", "rank", "kept as", "bytes", "why")
+    lines = [header]
+    for row in rows:
+        forms = sorted({f"{slot.spec.kind} {_form(slot)}" for slot in row.slots.values() if slot.form != "count"})
+        rank = row.transform.rank_for(row.leaf)
+        shape = "x".join(map(str, row.leaf.shape)) or "scalar"
+        kept = ", ".join(forms) or "nothing"
+        cells = (row.leaf.name, row.leaf.role, shape, row.transform.describe(), str(rank or "-"), kept)
+        lines.append((*cells, f"{row.bytes:,}", row.why))
+    lines.append(("total", "", "", "", "", "", f"{sum(row.bytes for row in rows):,}", ""))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    right = {4, 6}
+    text = [
+        "  ".join(cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))).rstrip()
+        for line in lines
+    ]
+    text.insert(1, "-" * len(text[0]))
+    return "\n".join(text + notes)
+
+
+def _form(slot: Slot) -> str:
+    if slot.form in ("int8", "seed"):
+        return slot.form
+    return str(slot.dtype).removeprefix("torch.").replace("float32", "fp32").replace("bfloat16", "bf16")

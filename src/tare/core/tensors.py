@@ -1,0 +1,38 @@
+"""Small facts about tensors that several rooms need: fake or real, healthy or not, how to reduce to a Python number."""
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """True for tensors without data (fake or meta): data-dependent branches must take the ordinary way."""
+    return isinstance(tensor, FakeTensor) or tensor.is_meta
+
+
+def healthy(tensor: Tensor) -> bool:
+    """Finite and not all zero: fit to compute a basis from. One device synchronisation; True for fake tensors."""
+    if is_fake(tensor):
+        return True
+    # The sum of absolute values is finite and positive exactly when every entry is finite and some entry is not zero
+    # (overflow of the sum of finite entries counts as unhealthy, which is right for a basis too).
+    total = tensor.abs().sum(dtype=torch.float64)
+    return bool(torch.isfinite(total) & (total > 0))
+
+
+def column_norms(x: Tensor, dim: int) -> Tensor:
+    """Euclidean norms over `dim`, kept as a broadcastable dimension.
+
+    `vecdot` over dim 0 is 4-6 times faster than `vector_norm` there; over rows `vector_norm` is the faster one.
+    """
+    if dim == 0:
+        return torch.linalg.vecdot(x, x, dim=0).sqrt_().unsqueeze(0)
+    return torch.linalg.vector_norm(x, dim=1, keepdim=True)
+
+
+def whole_norm(x: Tensor) -> Tensor:
+    """Frobenius norm as a 0-d tensor."""
+    if x.is_contiguous():
+        flat = x.reshape(-1)
+        return torch.dot(flat, flat).sqrt_()
+    return torch.linalg.vector_norm(x)

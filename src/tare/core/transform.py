@@ -1,0 +1,134 @@
+"""Transform: a rule, or a wrapper around one; what it declares (state specs) and what it is told at each step.
+
+A transform is a frozen dataclass of hyperparameters. It never holds tensors: state lives in the optimizer, described by `StateSpec`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from tare.core.leaf import Leaf
+from tare.core.random import make_key
+
+if TYPE_CHECKING:
+    from tare.core.delta import Delta
+    from tare.core.state import State
+
+Kind = Literal["moment", "basis", "exact", "count"]
+Sharding = Literal["elementwise", "rows", "columns", "matrix"]
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """One named piece of state, symbolically.
+
+    kind: `moment` (may be quantised by the storage policy), `basis` (kept by the basis policy), `exact` (never
+    quantised) or `count` (a Python int, no bytes). signed: False for second moments, which picks the 8-bit map.
+    init: the value it starts from.
+    """
+
+    shape: tuple[int, ...]
+    kind: Kind = "moment"
+    signed: bool = True
+    dtype: torch.dtype | None = None
+    init: float = 0.0
+    seedable: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a transform is told about one step of one leaf.
+
+    count: 1-based number of this update of the leaf. key: the leaf's name for randomness. phase: the leaf's share
+    in [0, 1) of a staggered period. weight: the parameter itself, to read only. options: its parameter group.
+    """
+
+    lr: float
+    count: int
+    leaf: Leaf
+    weight: Tensor
+    key: str = ""
+    seed: int = 0
+    phase: float = 0.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def random_key(self, number: int, purpose: str = "") -> int:
+        """Key of the counter-based generator for draw `number` of this leaf."""
+        return make_key(self.seed, self.key + ("/" + purpose if purpose else ""), number)
+
+    def betas(self, default: tuple[float, float]) -> tuple[float, float]:
+        """The group's betas, which schedulers may change, or the rule's own."""
+        given = self.options.get("betas", default)
+        return float(given[0]), float(given[1])
+
+    def since(self, count: int) -> "Step":
+        """The same step, counted from a reset."""
+        return replace(self, count=count)
+
+
+@dataclass
+class Work:
+    """One leaf's whole job in one step, as the fast paths see it."""
+
+    weight: Tensor
+    grad: Tensor
+    state: "State"
+    step: Step
+    weight_decay: float
+    decay: Literal["before", "after"]
+    maximize: bool
+    compressed: Tensor | None = None
+
+    @property
+    def shrink(self) -> float:
+        """The factor of decoupled weight decay, 1 - lr * wd."""
+        return 1.0 - self.step.lr * self.weight_decay
+
+    @property
+    def gain(self) -> float:
+        """lr, or lr * (1 - lr wd) when decay comes after the update: one factor for one pass."""
+        return self.step.lr * (self.shrink if self.decay == "after" else 1.0)
+
+
+class Transform:
+    """Base of all rules and wrappers.
+
+    `sharding` says how much of the leaf one update must see; `elementwise` lets the engine work in chunks.
+    """
+
+    sharding: ClassVar[Sharding] = "elementwise"
+    accumulates: ClassVar[bool] = False  # whether `compress` exists: small exact accumulation between micro-batches
+
+    def spec(self, leaf: Leaf) -> dict[str, StateSpec]:
+        """The state this transform keeps for `leaf`. Read by planner, engine, checkpoint and sharding."""
+        raise NotImplementedError
+
+    def update(self, grad: Tensor, state: "State", step: Step, compressed: Tensor | None = None) -> "Delta":
+        """The direction U of this step; the engine writes W <- beta W - alpha U."""
+        raise NotImplementedError
+
+    def update_many(self, batch: list[Work]) -> list[Work]:
+        """Step what a fused kernel can take, weights included; return the rest for `update`."""
+        return batch
+
+    def resolve(self, leaf: Leaf) -> tuple["Transform", str]:
+        """The transform that really acts on `leaf`, and why."""
+        return self, ""
+
+    def check(self, leaf: Leaf, storage: Any) -> None:
+        """Raise InputError where this transform cannot act on `leaf` with this storage."""
+
+    def compress(self, grad: Tensor, state: "State", step: Step) -> Tensor | None:
+        """The gradient in the form that may be summed over micro-batches; None when this step needs it whole."""
+        return None
+
+    def describe(self) -> str:
+        """A few words for tables."""
+        return type(self).__name__.lower()
+
+    def rank_for(self, leaf: Leaf) -> int | None:
+        """The rank used on `leaf`, where there is one."""
+        return None

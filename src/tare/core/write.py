@@ -1,0 +1,73 @@
+"""Writing: one leaf's plain update, from gradient to weight. Chunked where the rule is element-wise, so that temporaries stay small."""
+
+import torch
+from torch import Tensor
+
+from tare.core.delta import Delta, Dense, materialise
+from tare.core.random import make_key
+from tare.core.state import round_stochastic
+from tare.core.transform import Transform, Work
+
+# Elements handled at once by element-wise rules: 2 MiB of fp32 stays in cache and bounds the temporaries.
+CHUNK = 1 << 19
+
+
+def update_leaf(transform: Transform, work: Work, stochastic: bool) -> None:
+    """W <- W after one step of `transform`; state is advanced and encoded."""
+    key = make_key(work.step.seed, work.step.key, work.step.count)
+    if transform.sharding == "elementwise" and work.weight.numel() > CHUNK and _flat(work):
+        block = max((slot.block for slot in work.state.slots.values()), default=1)
+        size = -(-CHUNK // block) * block
+        weight, grad = work.weight.view(-1), work.grad.view(-1)
+        for start in range(0, weight.numel(), size):
+            stop = min(start + size, weight.numel())
+            state = work.state.part(start, stop)
+            g = grad[start:stop].neg() if work.maximize else grad[start:stop]
+            delta = transform.update(g, state, work.step)
+            write(weight[start:stop], delta, work, key if stochastic else None, start)
+            state.flush()
+        return
+    grad = work.grad.neg() if work.maximize else work.grad
+    delta = transform.update(grad, work.state, work.step, work.compressed)
+    write(_shaped(work, delta), delta, work, key if stochastic else None, 0)
+    work.state.flush()
+
+
+def _flat(work: Work) -> bool:
+    return work.weight.is_contiguous() and work.grad.is_contiguous()
+
+
+def _shaped(work: Work, delta: Delta) -> Tensor:
+    """The weight in the shape of the delta: a view where one exists (convolutions are matrices to low-rank rules)."""
+    matrix = work.step.leaf.matrix
+    if isinstance(delta, Dense) or work.weight.ndim == 2 or matrix is None or not work.weight.is_contiguous():
+        return work.weight
+    return work.weight.view(matrix)
+
+
+def write(weight: Tensor, delta: Delta, work: Work, key: int | None, offset: int) -> None:
+    """W <- beta W - alpha U. key: not None asks for stochastic rounding, with noise by element number from `offset`."""
+    beta = work.shrink
+    alpha = work.gain
+    if delta.scaled:
+        alpha = beta if work.decay == "after" else 1.0
+    lone = weight.ndim != 2 and not isinstance(delta, Dense)
+    if lone:  # a non-contiguous convolution: no matrix view of it exists
+        matrix = work.step.leaf.matrix
+        assert matrix is not None
+        delta = Dense(materialise(delta, matrix).reshape(weight.shape))
+    if key is None or weight.dtype != torch.bfloat16:
+        delta.write(weight, alpha, beta)
+        return
+    if weight.ndim == 0 or not weight.is_contiguous():
+        exact = weight.float().mul_(beta).sub_(materialise(delta, weight.shape), alpha=alpha)
+        rounded = torch.empty_like(exact, dtype=weight.dtype, memory_format=torch.contiguous_format)
+        round_stochastic(exact, rounded, key, offset)
+        weight.copy_(rounded)
+        return
+    width = weight.numel() // max(1, weight.shape[0])
+    rows = max(1, CHUNK // max(1, width))
+    for start in range(0, weight.shape[0], rows):
+        part = weight[start : start + rows]
+        exact = part.float().mul_(beta).sub_(delta.rows(start, start + rows), alpha=alpha)
+        round_stochastic(exact, part, key, offset + start * width)

@@ -1,0 +1,218 @@
+"""What a training step needs besides the optimizer: activations, gradients and temporaries, event by event.
+
+One forward, loss and backward of the real model runs on fake tensors (shapes without storage) under the tracker. All
+layers run: a LLaMA-7B takes about two seconds, so nothing is extrapolated and any architecture is exact.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from tare.core.errors import InputError
+from tare.plan.cache import cached
+from tare.plan.models import DTYPES, build_skeleton, config_for, enable_checkpointing
+from tare.plan.tracker import MemoryTracker, Peak
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+Precision = Literal["fp32", "bf16-autocast", "bf16"]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Bytes beyond weights and optimizer state at one moment of a step."""
+
+    activations: int = 0  # kept by the forward pass, and the batch itself
+    gradients: int = 0  # finished ones
+    temporaries: int = 0  # made in backward: recomputed activations, gradients on their way
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.activations + self.gradients + self.temporaries
+
+
+@dataclass(frozen=True)
+class LeafMoment:
+    """The moment in backward at which a parameter's gradient is finished, with all earlier gradients gone (release)."""
+
+    name: str
+    others: Moment  # this gradient counts among the temporaries
+    gradient: int
+
+
+@dataclass(frozen=True)
+class StepProfile:
+    """Peaks of one micro-batch. Weights (with buffers) are constant; optimizer state is not in here."""
+
+    weights: int
+    gradients: int  # of all parameters together
+    forward: Moment  # at the end of forward, nearly always
+    backward: Moment  # gradients accumulating
+    released: Moment  # the same if every gradient vanished as soon as it was finished
+    evaluation: Moment  # forward without grad
+    leaves: tuple[LeafMoment, ...]
+
+
+def profile_model(
+    model: "str | Path | PretrainedConfig",
+    batch: int,
+    seq: int,
+    *,
+    dtype: Literal["fp32", "bf16"] = "fp32",
+    precision: Precision | None = None,
+    checkpointing: bool = False,
+) -> StepProfile:
+    """The memory of a forward, loss and backward with `batch` sequences of `seq` tokens, from disk if known.
+
+    Args:
+        model: a name, folder or file as for `config_for`, or a config.
+        batch: sequences per micro-batch.
+        seq: tokens per sequence, at most the positions of the model.
+        dtype: of the weights.
+        precision: of the arithmetic; default: the dtype of the weights.
+        checkpointing: activations of each layer recomputed in backward.
+
+    Raises:
+        InputError: a bad model, batch or sequence length, or a combination that makes no sense.
+    """
+    config = config_for(model) if isinstance(model, (str, Path)) else model
+    precision = precision or dtype
+    _check(config, batch, seq, dtype, precision)
+    what = {
+        "kind": "step",
+        "config": config.to_dict(),
+        "batch": batch,
+        "seq": seq,
+        "dtype": dtype,
+        "precision": precision,
+        "checkpointing": checkpointing,
+    }
+    return cached(
+        what,
+        lambda: _run(config, batch, seq, DTYPES[dtype], precision, checkpointing),
+        dataclasses.asdict,
+        _decode,
+    )
+
+
+def autocast(precision: Precision, device: str = "cpu") -> AbstractContextManager[Any]:
+    """The context in which forward and loss of a step run."""
+    return torch.autocast(device, dtype=torch.bfloat16) if precision == "bf16-autocast" else nullcontext()
+
+
+def causal_loss(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Mean next-token loss of `tokens` [b, t]. Logits are let go: backward needs only their log-softmax."""
+    return model(input_ids=tokens, labels=tokens, use_cache=False).loss
+
+
+@contextmanager
+def fake_tensors() -> Iterator[None]:
+    """Tensors made inside have shapes, dtypes and sizes but no bytes."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(), _no_packing():
+        yield
+
+
+@contextmanager
+def _no_packing() -> Iterator[None]:
+    """transformers looks into position ids for packed sequences; fake ids have no values, so it would assume the worst
+    and build a full [b, 1, t, t] mask and a copy per layer that no real run has."""
+    from unittest.mock import patch
+
+    from transformers import masking_utils
+
+    if hasattr(masking_utils, "find_packed_sequence_indices"):
+        with patch.object(masking_utils, "find_packed_sequence_indices", lambda *_, **__: None):
+            yield
+    else:
+        yield
+
+
+def _run(
+    config: "PretrainedConfig", batch: int, seq: int, dtype: torch.dtype, precision: Precision, checkpointing: bool
+) -> StepProfile:
+    with fake_tensors():
+        model = build_skeleton(config, dtype).train()
+        if checkpointing:
+            enable_checkpointing(model)
+        return track_step(model, torch.zeros(batch, seq, dtype=torch.long), precision)
+
+
+def track_step(model: nn.Module, tokens: torch.Tensor, precision: Precision = "fp32") -> StepProfile:
+    """Track one evaluation and one training micro-batch of `model`; works on fake and on real tensors."""
+    tracker = MemoryTracker()
+    tracker.mark(model.parameters(), "parameter")
+    tracker.mark(model.buffers(), "parameter")
+    weights = tracker.total
+    tracker.mark([tokens], "input")
+    leaves: list[LeafMoment] = []
+    hooks = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            hooks.append(parameter.register_post_accumulate_grad_hook(_finished(tracker, name, leaves)))
+    with tracker:
+        with tracker.phase("evaluation", born="activation"), torch.no_grad(), autocast(precision):
+            causal_loss(model, tokens)
+        with tracker.phase("forward", born="activation"), autocast(precision):
+            loss = causal_loss(model, tokens)
+        with tracker.phase("backward"):
+            loss.backward()
+    for hook in hooks:
+        hook.remove()
+    return StepProfile(
+        weights=weights,
+        gradients=tracker.current["gradient"],
+        forward=_moment(tracker.peak("forward")),
+        backward=_moment(tracker.peak("backward")),
+        released=dataclasses.replace(_moment(tracker.peak("backward", without_gradients=True)), gradients=0),
+        evaluation=_moment(tracker.peak("evaluation")),
+        leaves=tuple(leaves),
+    )
+
+
+def _finished(tracker: MemoryTracker, name: str, leaves: list[LeafMoment]):  # type: ignore[no-untyped-def]
+    def hook(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        now = _moment(Peak(0, tracker.current))
+        size = parameter.grad.untyped_storage().nbytes()
+        leaves.append(LeafMoment(name, dataclasses.replace(now, gradients=0), size))
+        tracker.mark([parameter.grad], "gradient")
+
+    return hook
+
+
+def _moment(peak: Peak) -> Moment:
+    return Moment(peak["activation"] + peak["input"], peak["gradient"], peak["temporary"])
+
+
+def _check(config: "PretrainedConfig", batch: int, seq: int, dtype: str, precision: str) -> None:
+    for name, value in (("batch", batch), ("seq", seq)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InputError(f"{name} {value!r} must be a whole number of at least 1")
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and seq > positions:
+        raise InputError(f"seq {seq} is longer than the {positions} positions of the model: use --seq {positions} or less")
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is not known: use one of {', '.join(DTYPES)}")
+    if precision not in ("fp32", "bf16-autocast", "bf16"):
+        raise InputError(f"precision {precision!r} is not known: use one of fp32, bf16-autocast, bf16")
+    if (dtype == "bf16") != (precision == "bf16"):
+        raise InputError(f"precision {precision!r} does not go with {dtype} weights: bf16 weights compute in bf16")
+
+
+def _decode(data: dict[str, Any]) -> StepProfile:
+    moments = {key: Moment(**data[key]) for key in ("forward", "backward", "released", "evaluation")}
+    leaves = tuple(LeafMoment(x["name"], Moment(**x["others"]), x["gradient"]) for x in data["leaves"])
+    profile = StepProfile(weights=data["weights"], gradients=data["gradients"], leaves=leaves, **moments)
+    if not all(isinstance(n, int) and n >= 0 for m in moments.values() for n in dataclasses.astuple(m)):
+        raise ValueError("damaged cache entry")
+    return profile

@@ -1,0 +1,81 @@
+"""Reading the weights of a `transformers` folder: safetensors only, complete, finite, inside the folder."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from tare.core.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+_INDEX = "model.safetensors.index.json"
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether the folder holds safetensors weights; pickled weights alone are refused.
+
+    Raises:
+        InputError: only `.bin` or `.pt` files are there, or the index names files outside the folder or missing.
+    """
+    if (folder / _INDEX).is_file():
+        _check_index(folder)
+        return True
+    if (folder / "model.safetensors").is_file():
+        return True
+    pickled = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth"} and "model" in p.name)
+    if pickled:
+        raise InputError(
+            f"{folder / pickled[0]}: pickled weights are never loaded; save them as safetensors "
+            "(model.save_pretrained(folder) of a recent transformers)"
+        )
+    return False
+
+
+def load_pretrained(folder: Path, config: "PretrainedConfig", dtype: torch.dtype) -> nn.Module:
+    """The model of the folder, every weight accounted for.
+
+    Raises:
+        InputError: a damaged file, a tensor that is missing, of another shape, or not finite.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    from tare.plan.models import one_line
+
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            config=config,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (SafetensorError, OSError, RuntimeError, ValueError) as fault:
+        raise InputError(f"{folder}: the weights cannot be read: {one_line(fault)}") from fault
+    for what in ("missing_keys", "mismatched_keys"):
+        if info.get(what):
+            first = sorted(info[what], key=str)[0]
+            raise InputError(f"{folder}: {what.replace('_keys', '')} weight {first}: the files do not match config.json")
+    for name, weight in model.named_parameters():
+        if not bool(weight.isfinite().all()):
+            raise InputError(f"{folder}: weight {name} holds NaN or infinite values")
+    return model
+
+
+def _check_index(folder: Path) -> None:
+    file = folder / _INDEX
+    try:
+        names = set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as fault:
+        raise InputError(f"{file}: not a safetensors index ({type(fault).__name__})") from fault
+    for name in sorted(names, key=str):
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise InputError(f"{file}: weight file {name!r} is not a plain .safetensors name inside the folder")
+        if not (folder / name).is_file():
+            raise InputError(f"{file}: names {name!r}, which is not in the folder")

@@ -1,0 +1,124 @@
+"""Adam (Kingma & Ba 2015, arXiv 1412.6980) with decoupled decay (Loshchilov & Hutter 2019, arXiv 1711.05101), in every published placing of epsilon.
+
+Plain twin in `update`; `update_many` reaches torch's fused kernel, or the native 8-bit kernel.
+"""
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tare.core.checks import check_betas, check_number
+from tare.core.delta import Delta, Dense
+from tare.core.leaf import Leaf
+from tare.core.state import State
+from tare.core.transform import StateSpec, Step, Transform, Work
+from tare.kernels import native
+
+
+@dataclass(frozen=True)
+class Adam(Transform):
+    """m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2; U = c_t m / (sqrt(v) + eps), c_t = sqrt(1-b2^t) / (1-b1^t).
+
+    eps_placement: `before` adds eps as written here, before bias correction (GaLore, Fira, APOLLO repositories);
+    `after` adds it to the corrected root, that is eps * sqrt(1-b2^t) above (torch, bitsandbytes, the paper).
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    eps_placement: Literal["before", "after"] = "after"
+
+    def __post_init__(self) -> None:
+        check_betas(self.betas)
+        check_number("eps", self.eps, above=0.0, inclusive=True)
+
+    def spec(self, leaf: Leaf) -> dict[str, StateSpec]:
+        return {"exp_avg": StateSpec(leaf.shape), "exp_avg_sq": StateSpec(leaf.shape, signed=False)}
+
+    def factors(self, step: Step) -> tuple[float, float, float, float]:
+        """(b1, b2, c_t, eps as it stands beside sqrt(v))."""
+        b1, b2 = step.betas(self.betas)
+        root = math.sqrt(1.0 - b2**step.count)
+        eps = self.eps if self.eps_placement == "before" else self.eps * root
+        return b1, b2, root / (1.0 - b1**step.count), eps
+
+    def update(self, grad: Tensor, state: State, step: Step, compressed: Tensor | None = None) -> Delta:
+        b1, b2, c, eps = self.factors(step)
+        m, v = state["exp_avg"], state["exp_avg_sq"]
+        if self._small_fused(grad, m, v):
+            return self._fused_direction(grad, m, v, step)
+        g = grad.to(m.dtype).view_as(m)
+        m.mul_(b1).add_(g, alpha=1.0 - b1)
+        v.mul_(b2).addcmul_(g, g, value=1.0 - b2)
+        return Dense(m / v.sqrt().add_(eps), scale=c, correction=c)
+
+    @staticmethod
+    def _small_fused(grad: Tensor, m: Tensor, v: Tensor) -> bool:
+        same = grad.dtype == m.dtype == v.dtype and grad.dtype in (torch.float32, torch.float64)
+        return same and grad.is_contiguous() and m.is_contiguous() and v.is_contiguous() and grad.shape == m.shape
+
+    def _fused_direction(self, grad: Tensor, m: Tensor, v: Tensor, step: Step) -> Dense:
+        """The fused kernel on a zero tensor in place of the parameter gives u = -U: the plain twin's numbers, one pass."""
+        c = self.factors(step)[2]
+        u = torch.zeros_like(grad)
+        self._fused([u], [grad], [m], [v], step, lr=1.0, weight_decay=0.0, maximize=False)
+        return Dense(u, scale=-1.0, correction=c)
+
+    def _fused(
+        self, weights: list[Tensor], grads: list[Tensor], ms: list[Tensor], vs: list[Tensor], step: Step, *,
+        lr: float, weight_decay: float, maximize: bool,
+    ) -> None:
+        b1, b2 = step.betas(self.betas)
+        # The kernel adds eps after bias correction; dividing by sqrt(1 - b2^t) moves it before, exactly.
+        eps = self.eps if self.eps_placement == "after" else self.eps / math.sqrt(1.0 - b2**step.count)
+        count = torch.tensor(float(step.count), dtype=torch.float32, device=weights[0].device)
+        torch._fused_adamw_(
+            weights, grads, ms, vs, [], [count] * len(weights), lr=lr, beta1=b1, beta2=b2,
+            weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=maximize,
+        )  # fmt: skip
+
+    def update_many(self, batch: list[Work]) -> list[Work]:
+        rest: list[Work] = []
+        fused: dict[tuple[int, float, float, tuple[float, float]], list[Work]] = defaultdict(list)
+        for work in batch:
+            m, v = work.state.slots["exp_avg"], work.state.slots["exp_avg_sq"]
+            if m.form == v.form == "plain" and self._takes(work):
+                betas = work.step.betas(self.betas)
+                fused[work.step.count, work.step.lr, work.weight_decay, betas].append(work)
+            elif not (m.form == v.form == "int8" and self._native(work)):
+                rest.append(work)
+        for works in fused.values():
+            first = works[0]
+            # Decay after the update is decay before it with both lr and wd rescaled: one pass either way.
+            wd = first.weight_decay / (first.shrink if first.decay == "after" else 1.0)
+            self._fused(
+                [w.weight for w in works], [w.grad for w in works],
+                [w.state.raw["exp_avg"] for w in works], [w.state.raw["exp_avg_sq"] for w in works],
+                first.step, lr=first.gain, weight_decay=wd, maximize=first.maximize,
+            )  # fmt: skip
+        return rest
+
+    @staticmethod
+    def _takes(work: Work) -> bool:
+        m, v = work.state.raw["exp_avg"], work.state.raw["exp_avg_sq"]
+        tensors = (work.weight, work.grad, m, v)
+        return (
+            work.weight.dtype in (torch.float32, torch.float64)
+            and all(t.dtype == work.weight.dtype and t.is_contiguous() for t in tensors)
+            and work.weight.numel() > 0
+            and work.shrink > 0.0
+        )
+
+    def _native(self, work: Work) -> bool:
+        b1, b2, c, eps = self.factors(work.step)
+        raw = work.state.raw
+        if work.maximize:
+            return False
+        return native.adamw8bit_(
+            work.weight, work.grad, raw["exp_avg_codes"], raw["exp_avg_absmax"], raw["exp_avg_sq_codes"],
+            raw["exp_avg_sq_absmax"], alpha=work.gain * c, decay=work.shrink, beta1=b1, beta2=b2, eps=eps,
+            block=work.state.slots["exp_avg"].block,
+        )  # fmt: skip

@@ -1,0 +1,46 @@
+"""Lion (Chen et al. 2023, arXiv 2302.06675): the sign of an interpolated momentum. One moment, no epsilon, no bias correction."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tare.core.checks import check_betas
+from tare.core.delta import Delta, Dense
+from tare.core.leaf import Leaf
+from tare.core.state import State
+from tare.core.transform import StateSpec, Step, Transform, Work
+from tare.kernels import native
+
+
+@dataclass(frozen=True)
+class Lion(Transform):
+    """U = sign(b1 m + (1-b1) g); then m = b2 m + (1-b2) g. b1 reads out, b2 averages: they do not swap."""
+
+    betas: tuple[float, float] = (0.9, 0.99)
+
+    def __post_init__(self) -> None:
+        check_betas(self.betas)
+
+    def spec(self, leaf: Leaf) -> dict[str, StateSpec]:
+        return {"exp_avg": StateSpec(leaf.shape)}
+
+    def update(self, grad: Tensor, state: State, step: Step, compressed: Tensor | None = None) -> Delta:
+        b1, b2 = step.betas(self.betas)
+        m = state["exp_avg"]
+        g = grad.to(m.dtype).view_as(m)
+        u = (m * b1).add_(g, alpha=1.0 - b1).sign_()
+        m.mul_(b2).add_(g, alpha=1.0 - b2)
+        return Dense(u)
+
+    def update_many(self, batch: list[Work]) -> list[Work]:
+        return [work for work in batch if not self._native(work)]
+
+    def _native(self, work: Work) -> bool:
+        slot = work.state.slots["exp_avg"]
+        if slot.form != "int8" or work.maximize:
+            return False
+        b1, b2 = work.step.betas(self.betas)
+        return native.lion8bit_(
+            work.weight, work.grad, work.state.raw["exp_avg_codes"], work.state.raw["exp_avg_absmax"],
+            alpha=work.gain, decay=work.shrink, beta1=b1, beta2=b2, block=slot.block,
+        )  # fmt: skip

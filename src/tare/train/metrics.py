@@ -1,0 +1,90 @@
+"""`metrics.jsonl`: one JSON object a line, appended as the run goes, and cut back to the resumed step on resume.
+
+Every line has `event` (`step`, `eval`, `memory`, `skip`, `checkpoint`, `resume`, `warning`, `end`) and `step`, the number of steps
+finished when it was written. Touches only its file (and TensorBoard's, when asked for).
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, TextIO
+
+from tare.core.errors import CheckpointError, InputError
+from tare.train.cache import write_atomic
+
+NAME = "metrics.jsonl"
+
+
+class Metrics:
+    """The open log of one run."""
+
+    def __init__(self, path: Path, tensorboard: bool = False) -> None:
+        self._writer = open_tensorboard(path.parent / "tensorboard") if tensorboard else None
+        self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115  (closed in close)
+
+    def write(self, event: str, step: int, **values: Any) -> dict[str, Any]:
+        """Append one line and hand it to the system at once. Numbers that are not finite become null: JSON has none."""
+        line = {"event": event, "step": step, **{key: _plain(value) for key, value in values.items()}}
+        try:
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as fault:
+            raise CheckpointError(f"{self._file.name}: cannot be written: {fault.strerror}") from fault
+        if self._writer is not None:
+            for key, value in values.items():
+                if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+                    self._writer.add_scalar(f"{event}/{key}", value, step)
+        return line
+
+    def sync(self) -> None:
+        """Make the lines durable; called before a checkpoint that counts on them."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log. A torn last line, left by a kill, is no line; a broken one elsewhere is skipped too."""
+    lines = []
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    for raw in data.split(b"\n")[:-1]:  # what follows the last newline is torn, or empty
+        try:
+            line = json.loads(raw)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    return lines
+
+
+def truncate(path: Path, step: int) -> None:
+    """Drop what was logged after `step` finished steps, atomically: those steps are about to run again."""
+    if path.exists():
+        kept = [json.dumps(line) + "\n" for line in read(path) if line["step"] <= step]
+        write_atomic(path, "".join(kept).encode())
+
+
+def open_tensorboard(folder: Path) -> Any:
+    """A TensorBoard writer. Raises `InputError`, naming the extra, where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError(
+            'run.tensorboard: TensorBoard is not installed; pip install "tare[tensorboard]", or leave the setting off'
+        ) from None
+    return SummaryWriter(str(folder))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,212 @@
+"""What a run tells while it goes: events as plain dataclasses, and a renderer for the terminal.
+
+`train(config, on_event=...)` calls one function with each event; `RichProgress` is such a function. It writes to stderr only: a
+live line on a terminal, else a plain line now and then.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from tare.plan.budget import format_bytes
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something happened in a run."""
+
+
+@dataclass(frozen=True)
+class Note(Event):
+    """A phase has begun, or something worth a line."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Warned(Event):
+    """Something that the user should look at; the run goes on."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Started(Event):
+    """All is built. `step`: finished steps (after a resume more than 0); `predicted`: bytes by category, if planned."""
+
+    model: str
+    method: str
+    parameters: int
+    step: int
+    steps: int
+    state_bytes: int
+    out: Path
+    predicted: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StepDone(Event):
+    """One optimizer step. `memory`: highest bytes so far; `predicted`: the planned peak, or None; times in seconds."""
+
+    step: int
+    steps: int
+    loss: float
+    lr: float
+    grad_norm: float | None
+    tokens: int
+    tokens_per_second: float
+    memory: int
+    predicted: int | None
+    seconds_left: float
+
+
+@dataclass(frozen=True)
+class Skipped(Event):
+    """A step whose loss or gradient was not finite: nothing was changed by it. `streak`: how many in a row."""
+
+    step: int
+    reason: str
+    streak: int
+    limit: int
+
+
+@dataclass(frozen=True)
+class Evaluated(Event):
+    """The loss on held-out tokens after `step` steps."""
+
+    step: int
+    loss: float
+    perplexity: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Measured(Event):
+    """Memory of whole steps as measured, beside what was predicted; bytes by category, `peak` among them."""
+
+    step: int
+    measured: dict[str, int]
+    predicted: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Saved(Event):
+    """A checkpoint or the final model is on the disk."""
+
+    step: int
+    path: Path
+
+
+OnEvent = Callable[[Event], None]
+
+
+def ignore(event: Event) -> None:
+    """The silent listener."""
+
+
+class RichProgress:
+    """Shows a run on stderr; use it as a context manager and hand it to `train`.
+
+    Args:
+        console: where to write; default: stderr.
+        every: seconds between plain lines where there is no terminal.
+        label: stands before each line, e.g. the method in a comparison.
+    """
+
+    def __init__(self, console: Console | None = None, every: float = 10.0, label: str = "") -> None:
+        self.console = console or Console(stderr=True, highlight=False)
+        self.every, self.label = every, f"{label}: " if label else ""
+        self._live: Live | None = None
+        self._last = -float("inf")
+
+    def __enter__(self) -> "RichProgress":
+        if self.console.is_terminal:
+            self._live = Live(console=self.console, refresh_per_second=4, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, StepDone):
+            self._step(event)
+        elif text := describe(event):
+            self._print(text, "yellow" if isinstance(event, Warned | Skipped) else "")
+
+    def _step(self, event: StepDone) -> None:
+        now = time.monotonic()
+        if self._live is not None:
+            self._live.update(Text(self.label + step_line(event), no_wrap=True, overflow="ellipsis"))
+        elif event.step in (1, event.steps) or now - self._last >= self.every:
+            self._last = now
+            self._print(step_line(event))
+
+    def _print(self, text: str, style: str = "") -> None:
+        # soft_wrap: a log file is not as narrow as the terminal that rich assumes where there is none
+        self.console.print(Text(self.label + text, style=style), soft_wrap=True)
+
+
+def step_line(event: StepDone) -> str:
+    """One step as one line of text.
+
+    >>> step_line(StepDone(5, 20, 6.25, 1e-3, 0.5, 1280, 900.0, 1 << 20, 2 << 20, 75.0))
+    'step 5/20  loss 6.250  900 tokens/s  memory 1.0 MiB / 2.0 MiB predicted  lr 1.00e-03  1m15s left'
+    """
+    planned = f" / {format_bytes(event.predicted)} predicted" if event.predicted else ""
+    return (
+        f"step {event.step}/{event.steps}  loss {event.loss:.3f}  {event.tokens_per_second:,.0f} tokens/s  "
+        f"memory {format_bytes(event.memory)}{planned}  lr {event.lr:.2e}  {duration(event.seconds_left)} left"
+    )
+
+
+def describe(event: Event) -> str:
+    """Any other event as a line of text; empty if it needs none."""
+    if isinstance(event, Note | Warned):
+        return event.text
+    if isinstance(event, Started):
+        where = f", from step {event.step}" if event.step else ""
+        return (
+            f"training {event.model} ({event.parameters:,} parameters) with {event.method} "
+            f"({format_bytes(event.state_bytes)} of state) for {event.steps} steps{where} in {event.out}"
+        )
+    if isinstance(event, Skipped):
+        return f"step {event.step}: {event.reason}: skipped ({event.streak} in a row, the run stops at {event.limit})"
+    if isinstance(event, Evaluated):
+        return f"step {event.step}: evaluation loss {event.loss:.4f}, perplexity {event.perplexity:.2f}"
+    if isinstance(event, Measured):
+        return f"memory, predicted / measured: {compare(event.predicted, event.measured)}"
+    return f"saved {event.path}" if isinstance(event, Saved) and event.path.name == "model" else ""
+
+
+def compare(predicted: dict[str, int], measured: dict[str, int]) -> str:
+    """Categories side by side; a dash where one side does not know.
+
+    >>> compare({"weights": 4096, "peak": 8192}, {"weights": 4096, "peak": 9216})
+    'weights 4.0 KiB / 4.0 KiB, peak 8.0 KiB / 9.0 KiB'
+    """
+    keys = [key for key in measured if key != "peak"] + [key for key in predicted if key not in measured] + ["peak"]
+    pairs = [[format_bytes(side[key]) if key in side else "-" for side in (predicted, measured)] for key in keys]
+    return ", ".join(f"{key} {' / '.join(pair)}" for key, pair in zip(keys, pairs, strict=True))
+
+
+def duration(seconds: float) -> str:
+    """A time span in words.
+
+    >>> duration(8), duration(75), duration(7322)
+    ('8s', '1m15s', '2h02m')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

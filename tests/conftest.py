@@ -1,0 +1,22 @@
+"""Shared by all tests: helpers on the path, a cache of our own, one fixed thread count."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Tokenizers, shards and plans of the tests go to a folder of the session (native code keeps the user's cache)."""
+    if "TARE_CACHE" in os.environ:
+        yield Path(os.environ["TARE_CACHE"])
+        return
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["TARE_CACHE"] = str(folder)
+    yield folder
+    del os.environ["TARE_CACHE"]
