@@ -33,7 +33,7 @@ class Case:
 def load(name: str) -> Case:
     with safe_open(FOLDER / f"{name}.safetensors", "pt") as file:
         meta = json.loads(file.metadata()["case"])
-        return Case(name, meta, {key: file.get_tensor(key) for key in file.keys()})
+        return Case(name, meta, {key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
 
 
 def names(*prefixes: str) -> list[str]:
@@ -58,7 +58,11 @@ def translate(case: Case) -> tuple[str, dict[str, Any], str]:
     if entry == "torch.optim.AdamW":
         return "adamw", {**common, "eps": h["eps"]}, "linear"
     if entry == "bitsandbytes.optim.AdamW8bit":
-        return "adamw-8bit", {**common, "eps": h["eps"], "min_quantized": h["min_8bit_size"], "block": h["blocksize"]}, "linear"
+        return (
+            "adamw-8bit",
+            {**common, "eps": h["eps"], "min_quantized": h["min_8bit_size"], "block": h["blocksize"]},
+            "linear",
+        )
     if entry == "bitsandbytes.optim.Lion8bit":
         return "lion", {**common, "storage": Storage(moment="int8", min_quantized=1, block=h["blocksize"])}, "linear"
     if entry == "lion.lion_pytorch.Lion":

@@ -64,7 +64,9 @@ def explain(rows: list[Row], notes: list[str]) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     right = {4, 6}
     text = [
-        "  ".join(cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))).rstrip()
+        "  ".join(
+            cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
         for line in lines
     ]
     text.insert(1, "-" * len(text[0]))

@@ -37,5 +37,7 @@ def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
     from tare.core.errors import nearest
 
     if value not in allowed:
-        raise InputError(f"Invalid {name}: {value!r}; expected one of {', '.join(allowed)}{nearest(str(value), allowed)}")
+        raise InputError(
+            f"Invalid {name}: {value!r}; expected one of {', '.join(allowed)}{nearest(str(value), allowed)}"
+        )
     return str(value)

@@ -87,7 +87,7 @@ def role_of_name(name: str, shape: tuple[int, ...]) -> Role:
 def named_roles(model: nn.Module) -> Iterator[tuple[str, Tensor, Role]]:
     """(name, parameter, role) of every distinct parameter; a tied weight appears once, under its first name."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    owners = {name: module for name, module in model.named_modules()}
+    owners = dict(model.named_modules())
     for name, parameter in model.named_parameters():
         owner_name, _, attribute = name.rpartition(".")
         module = owners[owner_name]
@@ -101,7 +101,7 @@ def named_roles(model: nn.Module) -> Iterator[tuple[str, Tensor, Role]]:
 def check_role(role: Any) -> Role:
     if role not in ROLES:
         raise InputError(f"role: {role!r} is not one of {', '.join(ROLES)}{nearest(str(role), ROLES)}")
-    return role  # type: ignore[no-any-return]
+    return role
 
 
 def normalise_group(group: dict[str, Any]) -> tuple[dict[str, Any], dict[Tensor, Role]]:

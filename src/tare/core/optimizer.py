@@ -77,7 +77,12 @@ class Optimizer(torch.optim.Optimizer):
         self._entries: dict[Tensor, Entry] = {}
         self._used: set[int] = set()
         self._release: Release | None = None
-        defaults = {"lr": lr, "weight_decay": weight_decay, "seed": check_whole("seed", seed, 0), "maximize": bool(maximize)}
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "seed": check_whole("seed", seed, 0),
+            "maximize": bool(maximize),
+        }
         super().__init__(as_groups(params), {**defaults, **live})
         unused = recipe.unused(self._used)
         if unused:
@@ -198,7 +203,7 @@ class Optimizer(torch.optim.Optimizer):
     # -- stepping --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient. closure: reevaluates the model and returns the loss."""
         loss = None
         if closure is not None:
@@ -221,24 +226,27 @@ class Optimizer(torch.optim.Optimizer):
             work = self._work(p, entry, group, compressed)
             by_transform[id(entry.transform)].append(work)
             transforms[id(entry.transform)] = entry.transform
-        stochastic = self.storage.weight == "stochastic"
         for number, batch in by_transform.items():
             transform = transforms[number]
-            rest = batch if stochastic else transform.update_many(batch)
-            for work in rest:
-                update_leaf(transform, work, stochastic)
+            for work in transform.update_many(batch):
+                update_leaf(transform, work)
 
     def _work(self, p: Tensor, entry: Entry, group: dict[str, Any], compressed: Tensor | None = None) -> Work:
         grad = p.grad
         assert grad is not None
         if grad.is_sparse:
-            raise InputError(f"{entry.leaf.name}: sparse gradients are not supported; build the embedding with sparse=False")
+            raise InputError(
+                f"{entry.leaf.name}: sparse gradients are not supported; build the embedding with sparse=False"
+            )
         raw = self._raw(p, entry)
         raw["step"] += 1
         step = self._step_of(p, entry, group, raw["step"])
         state = State(raw, entry.slots, key=step.random_key(step.count, "state"))
         weight = p.detach() if p.requires_grad and not is_fake(p) else p
-        return Work(weight, grad, state, step, float(group["weight_decay"]), entry.decay, group["maximize"], compressed)
+        rounded = self.storage.weight == "stochastic" and p.dtype == torch.bfloat16
+        noise = step.random_key(step.count, "weight") if rounded else None
+        decay = float(group["weight_decay"])
+        return Work(weight, grad, state, step, decay, entry.decay, group["maximize"], compressed, noise)
 
     def _step_of(self, p: Tensor, entry: Entry, group: dict[str, Any], count: int) -> Step:
         lr, seed = float(group["lr"]), int(group["seed"])

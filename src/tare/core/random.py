@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from tare.kernels.rounding import hash32, mix32
+
 _CHUNK = 1 << 18  # elements mixed at once: keeps the int64 temporaries at 2 MiB
 _MASK = 0xFFFFFFFF
 
@@ -26,7 +28,7 @@ def make_key(seed: int, name: str, number: int = 0) -> int:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """lowbias32 (Wellons 2018): a bijection of 32-bit integers with near-ideal avalanche, in int64 lanes."""
+    """`mix32` of every element, in int64 lanes."""
     x = x ^ (x >> 16)
     x = (x * 0x7FEB352D) & _MASK
     x = x ^ (x >> 15)
@@ -39,10 +41,8 @@ def bits(key: int, start: int, count: int, device: torch.device | str = "cpu") -
 
     Two rounds with two key words: streams of different keys are no shifted copies of one another.
     """
-    low, high = key & _MASK, (key >> 32) & _MASK
-    index = torch.arange(start, start + count, dtype=torch.int64, device=device)
-    fold = (index >> 32) * 0x9E3779B1  # indices beyond 2^32 enter through the second word
-    return _mix((_mix((index + low) & _MASK) + high + fold) & _MASK)
+    first = hash32(key, start, count, device).to(torch.int64) & _MASK
+    return _mix((first + mix32(key >> 32)) & _MASK)
 
 
 @functools.lru_cache(maxsize=8)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tare.core.random import bits, make_key
+from tare.core.random import make_key
 from tare.core.storage import Slot
-from tare.kernels import blockwise
+from tare.kernels import blockwise, native, rounding
 
 
 def allocate(slots: dict[str, Slot], device: torch.device) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class State:
             if slot.form == "int8":
                 codes = self._cut(self.raw[f"{name}_codes"])
                 absmax = self._cut(self.raw[f"{name}_absmax"], slot.block)
-                self._open[name] = blockwise.decode(codes, absmax, slot.spec.signed, slot.block)
+                self._open[name] = _decode(codes, absmax, slot)
             else:
                 self._open[name] = self._cut(self.raw[name]).float()
         return self._open[name]
@@ -82,25 +82,17 @@ class State:
             if slot.form == "int8":
                 codes = self._cut(self.raw[f"{name}_codes"])
                 absmax = self._cut(self.raw[f"{name}_absmax"], slot.block)
-                blockwise.encode_into(value, codes, absmax, slot.spec.signed, slot.block)
+                if not native.encode_into(value, codes, absmax, slot.spec.signed, slot.block):
+                    blockwise.encode_into(value, codes, absmax, slot.spec.signed, slot.block)
             else:
                 start = self.window.start if self.window else 0
                 key = make_key(self.key, name)
-                round_stochastic(value, self._cut(self.raw[name]), key, start)
+                rounding.round_stochastic_(self._cut(self.raw[name]), value.contiguous(), key, start)
         self._open.clear()
 
 
-def round_stochastic(exact: Tensor, out: Tensor, key: int, start: int = 0) -> None:
-    """Write `exact` into the bf16 tensor `out`, up or down with the probabilities that keep the mean.
-
-    The noise of element i depends on (key, start + i) only. Infinities and NaN pass unchanged. Works by chunks.
-    """
-    source, target = exact.reshape(-1), out.view(-1)
-    chunk = 1 << 18
-    for at in range(0, source.numel(), chunk):
-        part = source[at : at + chunk].to(torch.float32)
-        noise = bits(key, start + at, part.numel(), part.device) & 0xFFFF
-        pattern = part.view(torch.int32)
-        rounded = (pattern + noise.to(torch.int32)) & -65536
-        finite = (pattern & 0x7F800000) != 0x7F800000
-        target[at : at + chunk] = torch.where(finite, rounded, pattern).view(torch.float32).to(out.dtype)
+def _decode(codes: Tensor, absmax: Tensor, slot: Slot) -> Tensor:
+    out = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+    if not native.decode_into(codes, absmax, slot.spec.signed, out, slot.block):
+        blockwise.decode(codes, absmax, slot.spec.signed, slot.block, out=out)
+    return out

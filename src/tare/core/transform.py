@@ -81,6 +81,7 @@ class Work:
     decay: Literal["before", "after"]
     maximize: bool
     compressed: Tensor | None = None
+    noise: int | None = None  # key of stochastic rounding of the weight; None rounds to nearest
 
     @property
     def shrink(self) -> float:

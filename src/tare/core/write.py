@@ -1,20 +1,17 @@
 """Writing: one leaf's plain update, from gradient to weight. Chunked where the rule is element-wise, so that temporaries stay small."""
 
-import torch
 from torch import Tensor
 
 from tare.core.delta import Delta, Dense, materialise
-from tare.core.random import make_key
-from tare.core.state import round_stochastic
 from tare.core.transform import Transform, Work
+from tare.kernels import native, rounding
 
 # Elements handled at once by element-wise rules: 2 MiB of fp32 stays in cache and bounds the temporaries.
 CHUNK = 1 << 19
 
 
-def update_leaf(transform: Transform, work: Work, stochastic: bool) -> None:
+def update_leaf(transform: Transform, work: Work) -> None:
     """W <- W after one step of `transform`; state is advanced and encoded."""
-    key = make_key(work.step.seed, work.step.key, work.step.count)
     if transform.sharding == "elementwise" and work.weight.numel() > CHUNK and _flat(work):
         block = max((slot.block for slot in work.state.slots.values()), default=1)
         size = -(-CHUNK // block) * block
@@ -24,12 +21,12 @@ def update_leaf(transform: Transform, work: Work, stochastic: bool) -> None:
             state = work.state.part(start, stop)
             g = grad[start:stop].neg() if work.maximize else grad[start:stop]
             delta = transform.update(g, state, work.step)
-            write(weight[start:stop], delta, work, key if stochastic else None, start)
+            write(weight[start:stop], delta, work, start)
             state.flush()
         return
     grad = work.grad.neg() if work.maximize else work.grad
     delta = transform.update(grad, work.state, work.step, work.compressed)
-    write(_shaped(work, delta), delta, work, key if stochastic else None, 0)
+    write(_shaped(work, delta), delta, work, 0)
     work.state.flush()
 
 
@@ -45,8 +42,8 @@ def _shaped(work: Work, delta: Delta) -> Tensor:
     return work.weight.view(matrix)
 
 
-def write(weight: Tensor, delta: Delta, work: Work, key: int | None, offset: int) -> None:
-    """W <- beta W - alpha U. key: not None asks for stochastic rounding, with noise by element number from `offset`."""
+def write(weight: Tensor, delta: Delta, work: Work, offset: int) -> None:
+    """W <- beta W - alpha U, or the same rounded stochastically, with noise by element number from `offset`."""
     beta = work.shrink
     alpha = work.gain
     if delta.scaled:
@@ -56,18 +53,17 @@ def write(weight: Tensor, delta: Delta, work: Work, key: int | None, offset: int
         matrix = work.step.leaf.matrix
         assert matrix is not None
         delta = Dense(materialise(delta, matrix).reshape(weight.shape))
-    if key is None or weight.dtype != torch.bfloat16:
+    if work.noise is None:
         delta.write(weight, alpha, beta)
         return
     if weight.ndim == 0 or not weight.is_contiguous():
-        exact = weight.float().mul_(beta).sub_(materialise(delta, weight.shape), alpha=alpha)
-        rounded = torch.empty_like(exact, dtype=weight.dtype, memory_format=torch.contiguous_format)
-        round_stochastic(exact, rounded, key, offset)
-        weight.copy_(rounded)
+        update = materialise(delta, tuple(weight.shape)).float()
+        rounding.write_stochastic_(weight, update, decay=beta, alpha=alpha, key=work.noise, start=offset)
         return
     width = weight.numel() // max(1, weight.shape[0])
     rows = max(1, CHUNK // max(1, width))
     for start in range(0, weight.shape[0], rows):
-        part = weight[start : start + rows]
-        exact = part.float().mul_(beta).sub_(delta.rows(start, start + rows), alpha=alpha)
-        round_stochastic(exact, part, key, offset + start * width)
+        part, update = weight[start : start + rows], delta.rows(start, start + rows).float()
+        first = offset + start * width
+        if not native.write_stochastic_(part, update, decay=beta, alpha=alpha, key=work.noise, start=first):
+            rounding.write_stochastic_(part, update, decay=beta, alpha=alpha, key=work.noise, start=first)

@@ -30,7 +30,44 @@ template <class To, class From> static inline To bits(From x) { To y; memcpy(&y,
 static inline I max(I a, I b) { return a > b ? a : b; }
 static inline F min(F a, F b) { return a < b ? a : b; }
 
-// ---- the four operations that the vector types lack
+// ---- what the vector types lack, or what compilers do lane by lane in scalar code (conversion between widths)
+static inline I widen(const uint8_t* p) {
+#if defined(__AVX512F__)
+    return (I)_mm512_cvtepu8_epi32(load<__m128i>(p));
+#elif defined(__AVX2__)
+    return (I)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+    return __builtin_convertvector(load<B>(p), I);
+#endif
+}
+static inline U widen(const uint16_t* p) {
+#if defined(__AVX512F__)
+    return (U)_mm512_cvtepu16_epi32(load<__m256i>(p));
+#elif defined(__AVX2__)
+    return (U)_mm256_cvtepu16_epi32(load<__m128i>(p));
+#else
+    return __builtin_convertvector(load<H>(p), U);
+#endif
+}
+static inline void narrow(uint8_t* p, I x) {  // 0..255
+#if defined(__AVX512F__)
+    store(p, _mm512_cvtepi32_epi8((__m512i)x));
+#elif defined(__AVX2__)
+    __m128i half = _mm_packus_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+    _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(half, half));
+#else
+    store(p, __builtin_convertvector(x, B));
+#endif
+}
+static inline void narrow(uint16_t* p, U x) {  // 0..65535
+#if defined(__AVX512F__)
+    store(p, _mm512_cvtepi32_epi16((__m512i)x));
+#elif defined(__AVX2__)
+    store(p, _mm_packus_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1)));
+#else
+    store(p, __builtin_convertvector(x, H));
+#endif
+}
 static inline F gather(const float* table, I at) {
 #if defined(__AVX512F__)
     return (F)_mm512_i32gather_ps((__m512i)at, table, 4);
@@ -71,8 +108,7 @@ static inline int32_t largest(I x) {
 // ---- memory formats
 struct bf16 { uint16_t pattern; };
 static inline F read(const float* p) { return load<F>(p); }
-static inline F read(const bf16* p) { return bits<F>(__builtin_convertvector(load<H>(p), U) << 16); }
-static inline I read(const uint8_t* p) { return __builtin_convertvector(load<B>(p), I); }
+static inline F read(const bf16* p) { return bits<F>(widen((const uint16_t*)p) << 16); }
 static inline U mix(U x) {
     x = (x ^ (x >> 16)) * 0x7FEB352Du;
     x = (x ^ (x >> 15)) * 0x846CA68Bu;
@@ -89,7 +125,7 @@ static inline void write(bf16* p, F x, const Noise& noise, uint32_t at) {
     }
     U nan = (U)((u & 0x7FFFFF) != 0), special = (U)((u & 0x7F800000) == 0x7F800000);
     u = special ? (u | (nan & 0x400000)) : (u + add);
-    store(p, __builtin_convertvector(u >> 16, H));
+    narrow((uint16_t*)p, u >> 16);
 }
 
 // ---- the codec. Tables come from the plain twin, so there is one definition of the map.
@@ -108,7 +144,7 @@ template <bool SIGNED> static inline I nearest(F y) {
     I code = max(SIGNED ? (u ^ (bits<I>(y) >> 31)) + 127 : u - 1, I{});
     return code - (I)(y > gather(thresholds_[SIGNED], code));
 }
-template <bool SIGNED> static inline F value(const uint8_t* codes, float absmax) { return gather(values_[SIGNED], read(codes)) * absmax; }
+template <bool SIGNED> static inline F value(const uint8_t* codes, float absmax) { return gather(values_[SIGNED], widen(codes)) * absmax; }
 
 // `top`: integer pattern of the largest magnitude; that order puts NaN and infinities on top, which a float maximum would lose
 template <bool SIGNED> static inline void encode(const float* x, int n, I tops, uint8_t* codes, float* absmax) {
@@ -121,7 +157,7 @@ template <bool SIGNED> static inline void encode(const float* x, int n, I tops, 
         return;
     }
     const float factor = 1.0f / peak;
-    for (int i = 0; i < n; i += L) store(codes + i, __builtin_convertvector(nearest<SIGNED>(load<F>(x + i) * factor), B));
+    for (int i = 0; i < n; i += L) narrow(codes + i, nearest<SIGNED>(load<F>(x + i) * factor));
 }
 static inline I magnitude(F x) { return bits<I>(x) & 0x7FFFFFFF; }
 

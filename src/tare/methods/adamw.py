@@ -23,7 +23,12 @@ CARD = Card(
     arxiv="1711.05101",
     idea="Adam with weight decay taken out of the gradient: two moments for every weight.",
     axes={"rule": "Adam", "subspace": "none", "storage": "fp32", "release": "yes"},
-    defaults={"lr": "1e-3 (torch)", "betas": "(0.9, 0.999) (torch)", "eps": "1e-8 (torch)", "weight_decay": "1e-2 (torch)"},
+    defaults={
+        "lr": "1e-3 (torch)",
+        "betas": "(0.9, 0.999) (torch)",
+        "eps": "1e-8 (torch)",
+        "weight_decay": "1e-2 (torch)",
+    },
     presets={
         "llama-60m": {"lr": 1e-3, "weight_decay": 0.0},
         "*": {"lr": 1e-3, "weight_decay": 0.0},

@@ -13,7 +13,14 @@ from tare.subspace.bases import Basis, make_basis
 from tare.subspace.refresh import Refresh
 from tare.subspace.wrapper import Subspace
 
-LLAMA_RANKS = {"llama-tiny": 32, "llama-9m": 64, "llama-20m": 96, "llama-60m": 128, "llama-130m": 256, "llama-350m": 256}
+LLAMA_RANKS = {
+    "llama-tiny": 32,
+    "llama-9m": 64,
+    "llama-20m": 96,
+    "llama-60m": 128,
+    "llama-130m": 256,
+    "llama-350m": 256,
+}
 
 CARD = Card(
     key="galore",

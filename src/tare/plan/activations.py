@@ -118,7 +118,7 @@ def fake_tensors() -> Iterator[None]:
     """Tensors made inside have shapes, dtypes and sizes but no bytes."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode(), _no_packing():
+    with FakeTensorMode(allow_non_fake_inputs=True), _no_packing():
         yield
 
 

@@ -1,4 +1,4 @@
-"""Adam (Kingma & Ba 2015, arXiv 1412.6980) with decoupled decay (Loshchilov & Hutter 2019, arXiv 1711.05101), in every published placing of epsilon.
+"""Adam (Kingma & Ba 2015, arXiv 1412.6980) with decoupled decay (Loshchilov & Hutter 2019, arXiv 1711.05101).
 
 Plain twin in `update`; `update_many` reaches torch's fused kernel, or the native 8-bit kernel.
 """
@@ -68,8 +68,16 @@ class Adam(Transform):
         return Dense(u, scale=-1.0, correction=c)
 
     def _fused(
-        self, weights: list[Tensor], grads: list[Tensor], ms: list[Tensor], vs: list[Tensor], step: Step, *,
-        lr: float, weight_decay: float, maximize: bool,
+        self,
+        weights: list[Tensor],
+        grads: list[Tensor],
+        ms: list[Tensor],
+        vs: list[Tensor],
+        step: Step,
+        *,
+        lr: float,
+        weight_decay: float,
+        maximize: bool,
     ) -> None:
         b1, b2 = step.betas(self.betas)
         # The kernel adds eps after bias correction; dividing by sqrt(1 - b2^t) moves it before, exactly.
@@ -120,5 +128,5 @@ class Adam(Transform):
         return native.adamw8bit_(
             work.weight, work.grad, raw["exp_avg_codes"], raw["exp_avg_absmax"], raw["exp_avg_sq_codes"],
             raw["exp_avg_sq_absmax"], alpha=work.gain * c, decay=work.shrink, beta1=b1, beta2=b2, eps=eps,
-            block=work.state.slots["exp_avg"].block,
+            block=work.state.slots["exp_avg"].block, key=work.noise,
         )  # fmt: skip

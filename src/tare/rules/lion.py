@@ -42,5 +42,5 @@ class Lion(Transform):
         b1, b2 = work.step.betas(self.betas)
         return native.lion8bit_(
             work.weight, work.grad, work.state.raw["exp_avg_codes"], work.state.raw["exp_avg_absmax"],
-            alpha=work.gain, decay=work.shrink, beta1=b1, beta2=b2, block=slot.block,
+            alpha=work.gain, decay=work.shrink, beta1=b1, beta2=b2, block=slot.block, key=work.noise,
         )  # fmt: skip

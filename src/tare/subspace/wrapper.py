@@ -1,10 +1,11 @@
 """Subspace: runs a rule on a projection of the gradient. One step: refresh, project, inner rule, lift, residual, limiter.
 
-Notation: W, G [m, n]; P [s, r] the basis; R the projected gradient, P^T G [r, n] on the left or G P [m, r] on the right; N the inner direction.
+Notation: W, G [m, n]; P [s, r] the basis; R the projected gradient, P^T G [r, n] on the left or G P [m, r] on the
+right; N the inner direction.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -49,7 +50,7 @@ class Subspace(Transform):
 
     rule: Transform
     basis: Basis
-    refresh: Refresh = Refresh()
+    refresh: Refresh = field(default_factory=Refresh)
     side: SideChoice = "shorter"
     transfer: Literal["keep", "zero", "rotate"] = "keep"
     lift: Lift = "back"
@@ -80,7 +81,7 @@ class Subspace(Transform):
     def side_of(self, m: int, n: int) -> Side:
         """Square counts as tall, and tall is projected on the right."""
         if self.side in ("left", "right"):
-            return self.side  # type: ignore[return-value]
+            return self.side
         tall = m >= n
         return "right" if tall == (self.side == "shorter") else "left"
 
@@ -215,7 +216,7 @@ class Subspace(Transform):
 
     def _basis(self, g: Tensor, side: Side, state: State, step: Step) -> Tensor:
         if state.kept("basis"):
-            return state["basis"]  # type: ignore[no-any-return]
+            return state["basis"]
         fresh = self.basis.compute(g, side, None, step.random_key(state["refreshed"], "basis"))
         assert fresh is not None
         return fresh

@@ -1,0 +1,91 @@
+"""One place where a method key becomes constructor arguments, so that what is planned is what is run."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from tare.core.errors import InputError, nearest
+from tare.core.optimizer import Optimizer
+from tare.core.storage import Storage
+from tare.methods import registry
+from tare.plan.models import named
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A method with everything that `registry.build` wants to know."""
+
+    key: str
+    lr: float
+    options: dict[str, Any]  # constructor arguments of the method, without lr, storage and release
+    storage: Storage
+    release: bool = False
+
+    def build(self, params: Any, seed: int = 0) -> Optimizer:
+        """The optimizer."""
+        return registry.build(
+            self.key, params, self.lr, **self.options, storage=self.storage, release=self.release, seed=seed
+        )
+
+
+def resolve(
+    key: str,
+    model: str | Path | None = None,
+    *,
+    dtype: Literal["fp32", "bf16"] = "fp32",
+    hyper: dict[str, Any] | None = None,
+    storage: dict[str, Any] | Storage | None = None,
+    release: bool = False,
+) -> Choice:
+    """The method's preset for the model, overridden by `hyper` and `storage`.
+
+    Args:
+        key: a registered method.
+        model: a named model has presets of its own.
+        dtype: of the weights; bf16 weights are rounded stochastically unless `storage` says otherwise.
+        hyper: constructor arguments, `lr` among them; None values are ignored.
+        storage: single fields go on top of the method's own storage (8-bit methods stay 8-bit); a `Storage` replaces it.
+        release: step inside backward.
+
+    Raises:
+        InputError: an unknown key or option, or a method that cannot step inside backward.
+    """
+    wanted = {name: value for name, value in (hyper or {}).items() if value is not None}
+    options = {**registry.preset(key, (named(str(model)) if model else None) or "*"), **wanted}
+    if release and registry.card(key).release == "no":
+        raise InputError(f"method {key!r} cannot step inside backward: leave out --release")
+    lr = float(options.pop("lr", 1e-3))
+    known = registry.options(key)
+    for name in options:
+        if name not in known and registry.PUBLISHED_NAMES.get(name) not in known:
+            raise InputError(
+                f"method {key!r} has no option {name!r}{nearest(name, list(known))}; options: {', '.join(known)}"
+            )
+    if isinstance(storage, Storage):
+        return Choice(key, lr, options, storage, release)
+    own = registry.build(key, nn.Linear(2, 2), lr).storage
+    changes: dict[str, Any] = {"weight": "stochastic"} if dtype == "bf16" else {}
+    changes.update(storage or {})
+    Storage.of(changes)  # names and values are checked before they meet the method's own
+    return Choice(key, lr, options, dataclasses.replace(own, **changes), release)
+
+
+def applicable(key: str, hyper: dict[str, Any]) -> dict[str, Any]:
+    """The part of `hyper` that this method has a use for (a rank means nothing to AdamW)."""
+    known = registry.options(key)
+    return {
+        name: value
+        for name, value in hyper.items()
+        if name in ("lr", *known) or registry.PUBLISHED_NAMES.get(name) in known
+    }
+
+
+def check_known(hyper: dict[str, Any], keys: list[str]) -> None:
+    """Raise InputError for an option that none of the methods has."""
+    names = sorted({"lr", *registry.PUBLISHED_NAMES, *(name for key in keys for name in registry.options(key))})
+    for name in hyper:
+        if name not in names:
+            raise InputError(f"no method among {', '.join(keys)} has an option {name!r}{nearest(name, names)}")

@@ -1,0 +1,176 @@
+"""From a configuration to the objects of a run: device, model, data, optimizer; and from a checkpoint back into them.
+
+Touches no files of the run. What a configuration leaves open (the method of `auto`, presets, threads) is decided here, once.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from tare.core.errors import CheckpointError, InputError
+from tare.core.optimizer import Optimizer
+from tare.methods import registry
+from tare.plan.models import build_model, enable_checkpointing
+from tare.train.checkpoint import Snapshot, restore_weights
+from tare.train.config import RunConfig
+from tare.train.schedule import Schedule
+from tare.train.seeds import restore_random_state, seed_everything
+
+if TYPE_CHECKING:
+    from tare.train.data import Corpus, PackedDataset
+
+_SEPARATE = ("lr", "rank", "weight_decay", "storage", "release")  # of a preset: settings with a field of their own
+
+
+@dataclass
+class Session:
+    """All that a running job works on. `predicted`: bytes by category; `peaks`: each group's peak learning rate."""
+
+    config: RunConfig
+    device: torch.device
+    model: nn.Module
+    corpus: "Corpus"
+    order: "PackedDataset"
+    optimizer: Optimizer
+    schedule: Schedule
+    peaks: list[float]
+    predicted: dict[str, int] = field(default_factory=dict)
+
+
+def build(config: RunConfig, predicted: dict[str, int], progress: Callable[[str], None] | None = None) -> Session:
+    """Everything that a resolved configuration names. Raises `InputError` for what is wrong with it, all before step 1."""
+    from tare.train.data import PackedDataset, open_corpus
+
+    device = device_of(config.run.device)
+    model = build_model(
+        config.model.name, dtype="bf16" if config.train.precision == "bf16" else "fp32", seed=config.run.seed, device=device
+    )
+    check_model(model, config)
+    if config.model.checkpointing:
+        enable_checkpointing(model)
+    model.train()
+    optimizer = build_optimizer(config, model)
+    corpus = open_corpus(config.data, model.config.vocab_size, config.model.tokenizer, progress)  # type: ignore[union-attr]
+    order = PackedDataset(corpus.train, config.data.seq, config.run.seed)
+    peaks = [float(group["lr"]) for group in optimizer.param_groups]
+    seed_everything(config.run.seed)
+    return Session(config, device, model, corpus, order, optimizer, Schedule.of(config.train), peaks, predicted)
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """The configuration with nothing left open: the planner's method for `auto`, the method's preset, the thread count.
+
+    Raises `InputError` for an unknown method, a rank given to a method without one, or clipping with release.
+    """
+    method = config.method
+    if method.key == "auto":
+        method = replace(method, key=choose(config))
+    known = registry.options(method.key)
+    preset = registry.preset(method.key, config.model.name)
+    if method.rank is not None and "rank" not in known:
+        raise InputError(f"method.rank: {method.key} has no rank; leave it out")
+    given = {name: getattr(method, name) for name in ("lr", "rank", "weight_decay")}
+    filled = {name: preset.get(name) if value is None else value for name, value in given.items()}
+    rest = {name: value for name, value in preset.items() if name not in _SEPARATE}
+    storage = {**preset.get("storage", {}), **method.storage}
+    if config.train.precision == "bf16":
+        storage.setdefault("weight", "stochastic")  # else small updates round to nothing in bf16 weights
+    method = replace(method, **filled, options={**rest, **method.options}, storage=storage)
+    if method.release and config.train.clip is not None:
+        raise InputError(
+            "train.clip: method.release frees each gradient inside backward, so there is no global norm to clip by; "
+            "set train.clip to none, or method.release to false"
+        )
+    threads = config.run.threads or torch.get_num_threads()
+    return replace(config, method=method, run=replace(config.run, threads=threads))
+
+
+def build_optimizer(config: RunConfig, model: nn.Module) -> Optimizer:
+    """The method of a resolved configuration on a model. Raises `InputError` for options that do not go together."""
+    method = config.method
+    hyper: dict[str, Any] = {**method.options, "release": method.release, "seed": config.run.seed}
+    hyper |= {name: value for name in ("rank", "weight_decay") if (value := getattr(method, name)) is not None}
+    if method.storage:
+        hyper["storage"] = method.storage
+    known = registry.options(method.key)
+    lr = method.lr if method.lr is not None else float(known["lr"].default if "lr" in known else 1e-3)
+    optimizer = registry.build(method.key, model, lr, **hyper)
+    if config.train.accumulate > 1:
+        with optimizer.accumulating():  # says now, not in backward, whether it can
+            pass
+    return optimizer
+
+
+def check_model(model: nn.Module, config: RunConfig) -> None:
+    """Raise `InputError` if the model cannot be trained on sequences of this length, or has nothing to train."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and config.data.seq > positions:
+        raise InputError(f"data.seq: {config.data.seq} is longer than the {positions} positions of {config.model.name}")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise InputError(f"model.name: {config.model.name} has no trainable parameters")
+
+
+def device_of(name: str) -> torch.device:
+    """The device that a setting names; `auto` is CUDA where there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"run.device: {name} asked for, but this torch sees no CUDA device; use cpu or auto")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"run.device: {name} is out of range; there are {torch.cuda.device_count()} CUDA devices")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("run.device: mps asked for, but this torch sees no such device; use cpu or auto")
+    return device
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run with a fixed number of CPU threads: sums are split by threads, so their last bits depend on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def restore(session: Session, snapshot: Snapshot) -> None:
+    """Put a checkpoint's weights, optimizer state and random states into a freshly built session.
+
+    Raises `CheckpointError` if they come from another model, method, tokenizer or data.
+    """
+    for name, own in identity(session).items():
+        if snapshot.trainer.get(name) != own:
+            what = {"tokenizer": "the tokenizer", "data": "the training data"}[name]
+            raise CheckpointError(
+                f"{snapshot.folder}: {what} has changed since it was saved, so the run cannot go on as it was; "
+                "restore it, or start a new run in another run.out"
+            )
+    restore_weights(session.model, snapshot)
+    own_decay = [group.get("weight_decay") for group in session.optimizer.param_groups]
+    try:
+        session.optimizer.load_state_dict(snapshot.optimizer)
+    except CheckpointError as fault:
+        raise CheckpointError(f"{snapshot.folder}: {fault}") from fault
+    except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as fault:
+        raise CheckpointError(f"{snapshot.folder}: its optimizer state does not fit this method ({fault})") from fault
+    for group, decay in zip(session.optimizer.param_groups, own_decay, strict=True):
+        group["weight_decay"] = decay  # may be changed on resume; the learning rate is set at every step anyway
+    restore_random_state(snapshot.trainer["random"])
+
+
+def identity(session: Session) -> dict[str, str]:
+    """What a checkpoint must agree on besides the configuration."""
+    return {"tokenizer": session.corpus.tokenizer_hash, "data": session.corpus.fingerprint}
+
+
+def save_model(session: Session, folder: Path) -> None:
+    """Write model and tokenizer in the format of `transformers`."""
+    session.model.save_pretrained(folder)  # type: ignore[operator]
+    session.corpus.tokenizer.save_pretrained(folder)

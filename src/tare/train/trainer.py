@@ -1,0 +1,225 @@
+"""The calendar of a run: step, evaluate, save, stop when asked, and in the end write the model.
+
+Everything that the next step depends on is in `Counters`, the weights, the optimizer's state and the random generators, and all of
+it is in every checkpoint. Data order and learning rate are functions of the counters.
+"""
+
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from json import dumps
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tare import __version__
+from tare.core.errors import InputError
+from tare.plan.measure import StepMeter
+from tare.plan.models import parameter_count
+from tare.train import checkpoint, progress, session
+from tare.train.evaluate import evaluate
+from tare.train.metrics import Metrics
+from tare.train.run import RunFolder
+from tare.train.schedule import set_lr
+from tare.train.seeds import random_state
+from tare.train.session import Session
+from tare.train.signals import StopSignals
+from tare.train.step import Outcome, finite, guarded, take_step
+
+METERED = 2  # the first steps are measured: step 0 computes bases, step 1 is an ordinary one
+
+
+class Diverged(InputError):
+    """The loss, the gradients or the weights are no longer finite. What was saved before is intact."""
+
+
+@dataclass
+class Counters:
+    """Where a run stands; plain numbers, saved in every checkpoint."""
+
+    step: int = 0  # finished steps, skipped ones included
+    tokens: int = 0
+    position: int = 0  # sequences taken from the training data
+    skipped: int = 0  # steps that were not finite
+    streak: int = 0  # of these, in a row until now
+    seconds: float = 0.0  # wall time of all processes of this run
+    timed_seconds: float = 0.0  # of steps that were not measured: measuring slows them
+    timed_tokens: int = 0
+    evaluated: int = 0  # step of the last evaluation; 0 = none
+    eval_loss: float | None = None
+    eval_perplexity: float | None = None
+    eval_tokens: int = 0
+    measured: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.timed_tokens / self.timed_seconds if self.timed_seconds else 0.0
+
+
+class Trainer:
+    """Runs a session from where its counters stand to the end, or to a signal."""
+
+    def __init__(self, job: Session, folder: RunFolder, counters: Counters, on_event: progress.OnEvent) -> None:
+        self.job, self.folder, self.now, self.tell = job, folder, counters, on_event
+        self.config = job.config
+        self.steps = job.config.train.steps
+        self.saved = counters.step
+        self.log: Metrics
+
+    def run(self) -> bool:
+        """Train; False if a signal stopped it before the end. Raises `Diverged`, `CheckpointError`."""
+        self.log = Metrics(self.folder.metrics, self.config.run.tensorboard)
+        started, before = time.monotonic(), self.now.seconds
+        try:
+            with StopSignals() as signals, guarded(self.job):
+                while True:
+                    self.now.seconds = before + time.monotonic() - started
+                    if not signals.stop and self._due(self.config.run.eval_every) and self.now.evaluated != self.now.step:
+                        self._evaluate()
+                    if (signals.stop or self._due(self.config.run.checkpoint_every)) and self.saved != self.now.step:
+                        self._save()
+                    if self.now.step >= self.steps:
+                        self.folder.write_model(lambda place: session.save_model(self.job, place))
+                        self.tell(progress.Saved(self.now.step, self.folder.model))
+                        return True
+                    if signals.stop:
+                        return False
+                    self._step()
+        finally:
+            self.log.close()
+
+    def _due(self, every: int) -> bool:
+        """Whether something done every so many steps, and at the end, is due now."""
+        step = self.now.step
+        return step > 0 and (step % every == 0 or step >= self.steps)
+
+    def _step(self) -> None:
+        now, train = self.now, self.config.train
+        began = time.monotonic()
+        lr = set_lr(self.job.optimizer, self.job.peaks, self.job.schedule(now.step))
+        metered = now.step < METERED
+        meter = StepMeter(self.job.model, self.job.optimizer, self.job.device) if metered else None
+        with meter or nullcontext():
+            outcome = take_step(self.job, now.position)
+        taken = time.monotonic() - began
+        count = train.batch * train.accumulate
+        now.step += 1
+        now.position += count
+        now.tokens += count * self.config.data.seq
+        if not metered:
+            now.timed_seconds += taken
+            now.timed_tokens += count * self.config.data.seq
+        if meter is not None:
+            self._measured(meter.peak)
+        if outcome.problem:
+            self._bad(outcome)
+            return
+        now.streak = 0
+        self.log.write(
+            "step", now.step, loss=outcome.loss, lr=lr, grad_norm=outcome.grad_norm, tokens=now.tokens, seconds=taken
+        )
+        rate = now.tokens_per_second or count * self.config.data.seq / taken
+        left = (self.steps - now.step) * count * self.config.data.seq / rate
+        self.tell(
+            progress.StepDone(
+                now.step, self.steps, outcome.loss, lr, outcome.grad_norm, now.tokens, rate, self._memory(),
+                self.job.predicted.get("peak"), left,
+            )
+        )  # fmt: skip
+
+    def _bad(self, outcome: Outcome) -> None:
+        now, limit = self.now, self.config.train.max_bad_steps
+        now.skipped += 1
+        now.streak += 1
+        self.log.write("skip", now.step, reason=outcome.problem, streak=now.streak)
+        self.tell(progress.Skipped(now.step, outcome.problem, now.streak, limit))
+        if now.streak >= limit:
+            raise Diverged(
+                f"step {now.step}: {outcome.problem}, {now.streak} steps in a row (train.max_bad_steps); "
+                "lower method.lr or raise train.warmup, and look at the data"
+            )
+
+    def _evaluate(self) -> None:
+        from tare.train.data import eval_batches
+
+        data, train, now = self.config.data, self.config.train, self.now
+        batches = eval_batches(self.job.corpus.eval, data.seq, train.batch, data.eval_tokens)
+        result = evaluate(self.job.model, batches, self.job.device, train.precision)
+        now.evaluated, now.eval_tokens = now.step, result.tokens
+        now.eval_loss, now.eval_perplexity = result.loss, result.perplexity
+        self.log.write("eval", now.step, loss=result.loss, perplexity=result.perplexity, tokens=result.tokens)
+        self.tell(progress.Evaluated(now.step, result.loss, result.perplexity, result.tokens))
+
+    def _save(self) -> None:
+        now = self.now
+        weights = checkpoint.weights_of(self.job.model)
+        if bad := finite(weights):
+            raise Diverged(
+                f"step {now.step}: the weight {bad} is no longer finite; not saved, the checkpoints before are intact; "
+                "lower method.lr and resume"
+            )
+        self.log.sync()  # a resumed run counts on the lines up to its checkpoint
+        config = asdict(self.config)
+        facts = {
+            "tare": __version__,
+            "world_size": 1,
+            "config_sha256": sha256(dumps(config, sort_keys=True).encode()).hexdigest(),
+            "method": self.config.method.key,
+            "eval_loss": now.eval_loss if now.evaluated == now.step else None,
+        }
+        trainer = {
+            "counters": asdict(now),
+            "config": config,
+            "random": random_state(),
+            "scheduler": {"step": now.step},
+            "device": str(self.job.device),
+            **session.identity(self.job),
+        }
+        state = self.job.optimizer.state_dict()
+        place = checkpoint.save(
+            self.folder.checkpoints, now.step, weights=weights, optimizer=state, trainer=trainer, facts=facts,
+            keep=self.config.run.keep,
+        )  # fmt: skip
+        self.saved = now.step
+        self.log.write("checkpoint", now.step, path=str(place.relative_to(self.folder.path)))
+        self.tell(progress.Saved(now.step, place))
+
+    def _measured(self, peak: int) -> None:
+        """Keep the highest peak so far, and after the last measured step say what was found."""
+        now, model = self.now, self.job.model
+        if peak >= now.measured.get("peak", 0):
+            weights = checkpoint.nbytes(checkpoint.weights_of(model))
+            now.measured = {"weights": weights, "state": int(self.job.optimizer.state_bytes()), "peak": peak}
+        if now.step == min(METERED, self.steps):
+            self.log.write("memory", now.step, measured=now.measured, predicted=self.job.predicted)
+            self.tell(progress.Measured(now.step, now.measured, self.job.predicted))
+
+    def _memory(self) -> int:
+        """Highest bytes so far: the allocator's on CUDA, else what the measured steps needed."""
+        if self.job.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.job.device)
+        return self.now.measured.get("peak", 0)
+
+
+def begin(job: Session, folder: RunFolder, counters: Counters, resumed: Path | None, warnings: list[str], tell: Any) -> None:
+    """Write the configuration, cut the log back to where the run goes on, and say so."""
+    from tare.train.metrics import truncate
+
+    truncate(folder.metrics, counters.step if resumed else -1)
+    folder.write_config(job.config)
+    log = Metrics(folder.metrics)
+    if resumed:
+        log.write("resume", counters.step, path=str(resumed.relative_to(folder.path)))
+        tell(progress.Note(f"resumed at step {counters.step} from {resumed}"))
+    for text in warnings:
+        log.write("warning", counters.step, text=text)
+        tell(progress.Warned(text))
+    log.close()
+    tell(
+        progress.Started(
+            job.config.model.name, job.config.method.key, parameter_count(job.model), counters.step,
+            job.config.train.steps, int(job.optimizer.state_bytes()), folder.path, job.predicted,
+        )
+    )  # fmt: skip
