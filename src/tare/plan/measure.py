@@ -123,7 +123,9 @@ def _replay(window: profile, alive: dict[int, int]) -> int:
 
 
 def _events(window: profile) -> list:
-    found, todo = [], list(window.kineto_results.experimental_event_tree())
+    results = window.kineto_results
+    assert results is not None
+    found, todo = [], list(results.experimental_event_tree())
     while todo:
         event = todo.pop()
         found.append(event)

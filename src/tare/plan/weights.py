@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -47,7 +47,7 @@ def load_pretrained(folder: Path, config: "PretrainedConfig", dtype: torch.dtype
     from tare.plan.models import one_line
 
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(folder),
             config=config,
             dtype=dtype,
@@ -58,6 +58,7 @@ def load_pretrained(folder: Path, config: "PretrainedConfig", dtype: torch.dtype
         )
     except (SafetensorError, OSError, RuntimeError, ValueError) as fault:
         raise InputError(f"{folder}: the weights cannot be read: {one_line(fault)}") from fault
+    model, info = loaded
     for what in ("missing_keys", "mismatched_keys"):
         if info.get(what):
             first = sorted(info[what], key=str)[0]
@@ -65,7 +66,7 @@ def load_pretrained(folder: Path, config: "PretrainedConfig", dtype: torch.dtype
     for name, weight in model.named_parameters():
         if not bool(weight.isfinite().all()):
             raise InputError(f"{folder}: weight {name} holds NaN or infinite values")
-    return model
+    return model  # type: ignore[no-any-return]
 
 
 def _check_index(folder: Path) -> None:

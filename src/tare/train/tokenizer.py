@@ -44,10 +44,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     'the hat é'
     """
     if vocab_size < SMALLEST_VOCAB:
-        raise InputError(
-            f"tokenizer: the model's vocabulary of {vocab_size} is too small for a byte-level BPE; allowed: {SMALLEST_VOCAB} "
-            "or more; choose a larger vocabulary or name a tokenizer (model.tokenizer)"
-        )
+        what = f"tokenizer: the model's vocabulary of {vocab_size} is too small for a byte-level BPE"
+        raise InputError(f"{what}; allowed: {SMALLEST_VOCAB} or more; take another model or set model.tokenizer")
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -111,10 +109,8 @@ def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> "PreTrain
     given = Path(path).expanduser()
     file = given / "tokenizer.json" if given.is_dir() else given
     if not file.is_file():
-        raise InputError(
-            f"tokenizer: {str(path)!r} has no tokenizer.json; allowed: a folder that holds one, or the file itself; "
-            "AutoTokenizer.from_pretrained(...).save_pretrained(folder) writes it"
-        )
+        what = f"tokenizer: {str(path)!r} has no tokenizer.json; allowed: a folder that holds one, or the file itself"
+        raise InputError(f"{what}; AutoTokenizer.from_pretrained(...).save_pretrained(folder) writes it")
     try:
         backend = Tokenizer.from_file(str(file))
         if given.is_dir() and (given / "tokenizer_config.json").is_file():
@@ -129,10 +125,8 @@ def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> "PreTrain
     if tokenizer.eos_token_id is None:
         known = [token for token in _KNOWN_EOS if backend.token_to_id(token) is not None]
         if not known:
-            raise InputError(
-                f"tokenizer: {str(path)!r} has no end-of-text token, which must stand between documents; name one as "
-                f"eos_token in tokenizer_config.json, or add one of: {', '.join(_KNOWN_EOS)}"
-            )
+            what = f"tokenizer: {str(path)!r} has no end-of-text token, which must stand between documents"
+            raise InputError(f"{what}; set eos_token in tokenizer_config.json or add one of: {', '.join(_KNOWN_EOS)}")
         tokenizer.eos_token = known[0]
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = PAD if backend.token_to_id(PAD) is not None else tokenizer.eos_token
@@ -149,10 +143,8 @@ def id_count(tokenizer: "PreTrainedTokenizerFast") -> int:
 def check_fits(tokenizer: "PreTrainedTokenizerFast", vocab_size: int, name: str) -> None:
     """Raise `InputError` when the tokenizer has ids that a model of `vocab_size` has no row for."""
     if (count := id_count(tokenizer)) > vocab_size:
-        raise InputError(
-            f"tokenizer: {name!r} has {count} ids and the model's vocabulary is {vocab_size}; take a model of at least "
-            f"{count} or a tokenizer of at most {vocab_size} ids"
-        )
+        what = f"tokenizer: {name!r} has {count} ids and the model's vocabulary is {vocab_size}"
+        raise InputError(f"{what}; take a model of at least {count} or a tokenizer of at most {vocab_size} ids")
 
 
 def tokenizer_hash(tokenizer: "PreTrainedTokenizerFast") -> str:
@@ -161,8 +153,7 @@ def tokenizer_hash(tokenizer: "PreTrainedTokenizerFast") -> str:
     # Truncation and padding are left behind by calls; a post-processor adds special tokens, which packing never asks for.
     for key in ("truncation", "padding", "post_processor"):
         parts.pop(key, None)
-    text = json.dumps([parts, tokenizer.eos_token_id], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(json.dumps([parts, tokenizer.eos_token_id], sort_keys=True).encode()).hexdigest()
 
 
 def encoder(tokenizer: "PreTrainedTokenizerFast") -> Tokenizer:
@@ -255,6 +246,6 @@ def _divide(folder: Path, dtype: np.dtype, held: np.ndarray, ends: np.ndarray) -
     with open(folder / "kept.bin", "wb") as kept, open(folder / "eval.bin", "wb") as out:
         for start, stop, side in zip(np.append(0, stops[:-1]), stops, held[last], strict=True):
             whole[start:stop].tofile(out if side else kept)
-    del whole
+    del whole  # some systems do not replace a file that is mapped
     (folder / "kept.bin").replace(folder / "train.bin")
     return int((folder / "eval.bin").stat().st_size // dtype.itemsize)

@@ -76,7 +76,11 @@ class Trainer:
             with StopSignals() as signals, guarded(self.job):
                 while True:
                     self.now.seconds = before + time.monotonic() - started
-                    if not signals.stop and self._due(self.config.run.eval_every) and self.now.evaluated != self.now.step:
+                    if (
+                        not signals.stop
+                        and self._due(self.config.run.eval_every)
+                        and self.now.evaluated != self.now.step
+                    ):
                         self._evaluate()
                     if (signals.stop or self._due(self.config.run.checkpoint_every)) and self.saved != self.now.step:
                         self._save()
@@ -142,10 +146,8 @@ class Trainer:
             )
 
     def _evaluate(self) -> None:
-        from tare.train.data import eval_batches
-
-        data, train, now = self.config.data, self.config.train, self.now
-        batches = eval_batches(self.job.corpus.eval, data.seq, train.batch, data.eval_tokens)
+        train, now = self.config.train, self.now
+        batches = self.job.corpus.eval_batches(train.batch)
         result = evaluate(self.job.model, batches, self.job.device, train.precision)
         now.evaluated, now.eval_tokens = now.step, result.tokens
         now.eval_loss, now.eval_perplexity = result.loss, result.perplexity
@@ -203,7 +205,9 @@ class Trainer:
         return self.now.measured.get("peak", 0)
 
 
-def begin(job: Session, folder: RunFolder, counters: Counters, resumed: Path | None, warnings: list[str], tell: Any) -> None:
+def begin(
+    job: Session, folder: RunFolder, counters: Counters, resumed: Path | None, warnings: list[str], tell: Any
+) -> None:
     """Write the configuration, cut the log back to where the run goes on, and say so."""
     from tare.train.metrics import truncate
 

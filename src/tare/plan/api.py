@@ -1,0 +1,144 @@
+"""`tare.plan(...)`: before anything is launched, what each method needs and which one fits."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from tare.core.errors import DoesNotFit, InputError
+from tare.core.storage import Storage
+from tare.methods import registry
+from tare.plan.activations import Precision
+from tare.plan.budget import format_bytes, parse_bytes
+from tare.plan.models import config_for, named
+from tare.plan.resolve import check_known
+from tare.plan.rows import PlanRow, Settings, plan_row
+from tare.plan.search import Advice, advise
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A line for every method, in the order in which `--method auto` prefers them."""
+
+    settings: Settings
+    budget: int | None
+    rows: tuple[PlanRow, ...]
+    advice: Advice | None  # only if there is a budget and nothing fits it
+
+    def row(self, method: str) -> PlanRow:
+        """The line of one method."""
+        for row in self.rows:
+            if row.method == method:
+                return row
+        raise InputError(f"method {method!r} is not in this plan; it has {', '.join(row.method for row in self.rows)}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as plain JSON values; bytes are whole numbers."""
+        from tare.plan.report import to_json
+
+        return to_json(self)
+
+    def table(self) -> "Table":
+        """The plan as a `rich` table."""
+        from tare.plan.report import table
+
+        return table(self)
+
+
+def plan(
+    model: "str | Path | nn.Module | PretrainedConfig",
+    budget: str | int | None = None,
+    batch: int = 1,
+    seq: int | None = None,
+    methods: Sequence[str] | None = None,
+    checkpointing: bool = False,
+    release: bool = False,
+    accumulate: int = 1,
+    dtype: Literal["fp32", "bf16"] | None = None,
+    precision: Precision | None = None,
+    storage: dict[str, Any] | Storage | None = None,
+    hyper: dict[str, Any] | None = None,
+) -> Plan:
+    """Predict the peak memory of training `model` with every method.
+
+    State bytes are exact; activations and temporaries come from a step that is tracked on fake tensors, so nothing of the
+    model's size is allocated. All figures are bytes of tensors: a CUDA context and fragmentation come on top.
+
+    Args:
+        model: a named model (`"llama-7b"`), a `transformers` folder or config, or a model that has a config.
+        budget: e.g. `"24GiB"`, or bytes.
+        batch: sequences per micro-batch. seq: tokens per sequence; default: all positions of the model.
+        methods: registry keys; default all.
+        checkpointing: recompute activations in backward. release: step each leaf inside backward.
+        accumulate: micro-batches per step.
+        dtype: of the weights, by default as `precision` says. precision: fp32, bf16-autocast or bf16 (weights too).
+        storage: fields of `tare.Storage` that go on top of each method's own.
+        hyper: constructor arguments (`rank`, ...) that go on top of each method's preset; methods without one ignore it.
+
+    Raises:
+        InputError: anything of this that makes no sense, in one line.
+
+    >>> result = plan("llama-tiny", budget="1GiB", batch=2, seq=32, methods=["adamw"])
+    >>> result.row("adamw").state, result.row("adamw").fits
+    (8430592, True)
+    """
+    if isinstance(model, nn.Module):
+        dtype = dtype or _dtype_of(model)
+    precision = precision or dtype or "fp32"
+    dtype = dtype or ("bf16" if precision == "bf16" else "fp32")
+    config, name = _config(model)
+    if seq is None:
+        seq = int(getattr(config, "max_position_embeddings", 0)) or 1024
+    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+        raise InputError(f"accumulate {accumulate!r} must be a whole number of at least 1")
+    limit = parse_bytes(budget) if isinstance(budget, str) else budget
+    if limit is not None and limit <= 0:
+        raise InputError(f"budget {budget!r} must be greater than zero")
+    keys = list(dict.fromkeys(methods)) if methods is not None else registry.keys()
+    keys.sort(key=lambda key: registry.card(key).auto_rank)
+    check_known(hyper or {}, keys)
+    settings = Settings(
+        config, name, batch, seq, dtype, precision, checkpointing, release, accumulate, storage, dict(hyper or {})
+    )
+    rows = tuple(plan_row(settings, key, limit) for key in keys)
+    nothing = limit is not None and rows and not any(row.fits for row in rows)
+    return Plan(settings, limit, rows, advise(settings, keys, limit) if nothing and limit else None)
+
+
+def choose(plan: Plan) -> str:
+    """The method for `--method auto`: the first by its card's order among those that fit.
+
+    Raises:
+        DoesNotFit: none does; the message names the smallest change that would.
+    """
+    for row in plan.rows:
+        if row.fits is not False:
+            return row.method
+    assert plan.budget is not None
+    least = min(plan.rows, key=lambda row: row.peak)
+    advice = f"; {plan.advice.text}" if plan.advice else ""
+    raise DoesNotFit(
+        f"budget {format_bytes(plan.budget)} is too small: {least.method} needs {format_bytes(least.peak)} "
+        f"({least.event}){advice}"
+    )
+
+
+def _config(model: "str | Path | nn.Module | PretrainedConfig") -> tuple["PretrainedConfig", str]:
+    if isinstance(model, (str, Path)):
+        return config_for(model), named(str(model)) or str(model)
+    config: Any = getattr(model, "config", None) if isinstance(model, nn.Module) else model
+    if not hasattr(config, "to_dict") or not hasattr(config, "model_type"):
+        raise InputError(f"model: a {type(model).__name__} has no transformers config; give a name, a folder or such a model")
+    return config, str(getattr(config, "name_or_path", "") or config.model_type)
+
+
+def _dtype_of(model: nn.Module) -> Literal["fp32", "bf16"]:
+    first = next(model.parameters(), None)
+    return "bf16" if first is not None and first.dtype == torch.bfloat16 else "fp32"

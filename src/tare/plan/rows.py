@@ -1,0 +1,160 @@
+"""One line of a plan: the settings of a run and a method in, the peak by category and event out."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from tare.core.storage import Storage
+from tare.methods import registry
+from tare.plan.activations import Moment, Precision, StepProfile, profile_model
+from tare.plan.resolve import Choice, applicable, resolve
+from tare.plan.steps import StepCost, step_cost
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+Event = Literal["end of forward", "backward", "optimizer step", "refresh", "evaluation"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything but the method that decides about memory."""
+
+    config: "PretrainedConfig"
+    name: str  # of the model, for presets and titles
+    batch: int
+    seq: int
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
+    checkpointing: bool = False
+    release: bool = False
+    accumulate: int = 1
+    storage: dict[str, Any] | Storage | None = None
+    hyper: dict[str, Any] = field(default_factory=dict)
+
+    def profile(self) -> StepProfile:
+        """Activations and gradients of a micro-batch."""
+        return profile_model(
+            self.config, self.batch, self.seq, dtype=self.dtype, precision=self.precision, checkpointing=self.checkpointing
+        )
+
+    def choice(self, key: str) -> Choice:
+        """The method with its arguments under these settings; what it has no use for is left out."""
+        release = self.release and registry.card(key).release != "no"
+        hyper = applicable(key, self.hyper)
+        return resolve(key, self.name, dtype=self.dtype, hyper=hyper, storage=self.storage, release=release)
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """Bytes at the highest point of training with one method. The five parts add up to `peak`."""
+
+    method: str
+    weights: int
+    gradients: int
+    state: int
+    activations: int
+    temporaries: int
+    peak: int
+    event: Event
+    fits: bool | None  # None: no budget was given
+    options: dict[str, Any]
+    events: dict[str, int]  # the peak of each event
+    note: str = ""
+
+
+def plan_row(settings: Settings, key: str, budget: int | None = None) -> PlanRow:
+    """The line of one method."""
+    choice = settings.choice(key)
+    cost = step_cost(choice, settings.config, settings.dtype)
+    profile = settings.profile()
+    moments = _moments(profile, cost, settings)
+    fixed = profile.weights + cost.state
+    event = max(moments, key=lambda name: moments[name].total)
+    worst = moments[event]
+    peak = fixed + worst.total
+    note = _objection(settings, key)
+    return PlanRow(
+        method=key,
+        weights=profile.weights,
+        gradients=worst.gradients,
+        state=cost.state,
+        activations=worst.activations,
+        temporaries=worst.temporaries,
+        peak=peak,
+        event=event,
+        fits=None if budget is None else peak <= budget and not note,
+        options=shown_options(choice),
+        events={name: fixed + moment.total for name, moment in moments.items()},
+        note=note,
+    )
+
+
+def least(settings: Settings, key: str) -> int:
+    """A lower bound of the peak that needs no tracked step: weights and state."""
+    cost = step_cost(settings.choice(key), settings.config, settings.dtype)
+    return weight_bytes(settings) + cost.state
+
+
+def weight_bytes(settings: Settings) -> int:
+    """Bytes of the weights alone."""
+    from tare.plan.activations import fake_tensors
+    from tare.plan.models import DTYPES, build_skeleton
+
+    with fake_tensors():
+        model = build_skeleton(settings.config, DTYPES[settings.dtype])
+        return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def shown_options(choice: Choice) -> dict[str, Any]:
+    """What to print beside a method: its rank, what its storage is, and whatever was not left at the default."""
+    default = Storage()
+    storage = {
+        f"storage.{name}": value
+        for name, value in dataclasses.asdict(choice.storage).items()
+        if value != getattr(default, name)
+    }
+    known = registry.options(choice.key)
+    rank = {"rank": known["rank"].default} if "rank" in known else {}
+    return {"lr": choice.lr, **rank, **choice.options, **storage, **({"release": True} if choice.release else {})}
+
+
+def _moments(profile: StepProfile, cost: StepCost, settings: Settings) -> dict[Event, Moment]:
+    batch = 8 * settings.batch * settings.seq  # the tokens, int64, are still there when the optimizer steps
+    ordinary, refresh = max(cost.ordinary.values(), default=0), max(cost.refresh.values(), default=0)
+    whole = profile.gradients
+    if settings.release and settings.accumulate == 1:
+        # Each leaf is stepped at its moment in backward, when its gradient is the only finished one.
+        def at(leaf_temporaries: dict[str, int]) -> Moment:
+            steps = [_plus(leaf.others, leaf_temporaries.get(leaf.name, 0)) for leaf in profile.leaves]
+            return max(steps, key=lambda moment: moment.total, default=Moment())
+
+        forward, backward = profile.forward, profile.released
+        step, fresh = at(cost.ordinary), at(cost.refresh)
+    else:
+        # Release with micro-batches keeps whole gradients too: at the latest a refresh needs them.
+        if settings.accumulate == 1:
+            forward, backward = profile.forward, profile.backward
+        else:  # the sum over earlier micro-batches is there from the start
+            forward = dataclasses.replace(profile.forward, gradients=whole)
+            backward = dataclasses.replace(profile.released, gradients=whole)
+        step, fresh = Moment(batch, whole, ordinary), Moment(batch, whole, refresh)
+    moments: dict[Event, Moment] = {"end of forward": forward, "backward": backward, "optimizer step": step}
+    if cost.refresh != cost.ordinary:
+        moments["refresh"] = fresh
+    moments["evaluation"] = profile.evaluation
+    return moments
+
+
+def _plus(moment: Moment, temporaries: int) -> Moment:
+    return dataclasses.replace(moment, temporaries=moment.temporaries + temporaries)
+
+
+def _objection(settings: Settings, key: str) -> str:
+    """Why this method cannot run with these settings at all, or nothing."""
+    card = registry.card(key)
+    if settings.release and card.release == "no":
+        return "cannot step inside backward"
+    if settings.release and settings.accumulate > 1 and card.release == "yes" and "rank" in registry.options(key):
+        return "needs whole gradients: no --release with --accumulate"
+    return ""
