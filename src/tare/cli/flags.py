@@ -68,7 +68,9 @@ def _help(path: str) -> _Help:
         metavar = "{" + ",".join(get_args(kind)) + "}"
     else:
         metavar = {int: "N", float: "X"}.get(kind, name.upper())
-    shown = "" if default is None or isinstance(default, bool) else f" [{default:g}]" if kind is float else f" [{default}]"
+    shown = (
+        "" if default is None or isinstance(default, bool) else f" [{default:g}]" if kind is float else f" [{default}]"
+    )
     return _Help((text + shown).replace("%", "%%"), metavar, kind is bool)
 
 

@@ -94,7 +94,9 @@ def _fault(error: Exception, debug: bool) -> int:
     """Reports an error that is not an `InputError`: memory and disk have their own words, the rest is our fault."""
     first = next(iter(str(error).strip().splitlines()), "")
     if isinstance(error, MemoryError) or "out of memory" in first or "can't allocate memory" in first:
-        return _fail(f"out of memory: {first}; set --budget so that it is checked first, or see tare plan", FAULT, debug)
+        return _fail(
+            f"out of memory: {first}; set --budget so that it is checked first, or see tare plan", FAULT, debug
+        )
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC):
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror}", WRONG_INPUT, debug)

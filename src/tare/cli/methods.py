@@ -5,6 +5,8 @@ Reads the registry's cards and the constructors' own signatures; state bytes are
 
 import argparse
 import inspect
+import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tare.cli import flags
@@ -72,9 +74,11 @@ def parameters(key: str) -> list[tuple[str, str, str]]:
     for name, spec in signature.parameters.items():
         if name in ("self", "params"):
             continue
-        kind = spec.annotation if isinstance(spec.annotation, str) else inspect.formatannotation(spec.annotation)
+        kind = inspect.formatannotation(spec.annotation)
+        kind = re.sub(r"(?:\w+\.)+(\w+)", r"\1", kind)  # torch.Tensor -> Tensor
+        kind = "roles, patterns or a function" if "Callable" in kind else kind
         default = "required" if spec.default is inspect.Parameter.empty else _plain(spec.default)
-        found.append((name, kind.replace("tare.core.storage.", "").replace("typing.", ""), default))
+        found.append((name, kind, default))
     return found
 
 
@@ -144,7 +148,7 @@ def show(card: "Card", model: str, weights: int, state: int) -> None:
             for line in lines:
                 out.print(Padding(Text(line), (0, 0, 0, 2)))
 
-    def grid(title: str, rows: list[tuple[str, ...]], header: tuple[str, ...] = ()) -> None:
+    def grid(title: str, rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = ()) -> None:
         table = Table(box=box.SIMPLE_HEAD if header else None, show_header=bool(header), pad_edge=False)
         for number in range(len(rows[0]) if rows else 0):
             table.add_column(header[number] if header else "", no_wrap=number == 0)
@@ -162,12 +166,15 @@ def show(card: "Card", model: str, weights: int, state: int) -> None:
     if card.state:
         section("", f"bytes of an m x n matrix: {card.state}")
     grid("how it is made", list(card.axes.items()))
-    notes = {name: note for name, note in card.defaults.items()}
+    notes = dict(card.defaults)
     rows = [(name, kind, default, notes.pop(name, "")) for name, kind, default in parameters(card.key)]
     grid("arguments", rows, ("argument", "type", "default", "where it comes from"))
     grid("further constants", list(notes.items()))
     presets = [
-        ("any other model" if name == "*" else name, ", ".join(f"{key} {_plain(value)}" for key, value in values.items()))
+        (
+            "any other model" if name == "*" else name,
+            ", ".join(f"{key} {_plain(value)}" for key, value in values.items()),
+        )
         for name, values in card.presets.items()
     ]
     grid("presets", presets)

@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 WIDTH = 100  # where there is no terminal to ask
 
 
-def resolve(args: argparse.Namespace, extra: list[Given] | None = None) -> RunConfig:
+def resolve(args: argparse.Namespace, extra: list[Given] | None = None, saved: str = "config.yaml") -> RunConfig:
     """The configuration from `--config` and the flags.
 
-    With `--resume` and no `--config` the configuration saved in the output folder is the base, so that
+    With `--resume` and no `--config` the configuration `saved` in the output folder is the base, so that
     `tare train --resume --out runs/a` is enough; flags win over it.
     """
     settings = [*(extra or []), *args.settings]
     given = build(settings)
     if getattr(args, "config", None):
         return build(read(args.config), settings)
-    saved = Path(given.run.out).expanduser() / "config.yaml"
-    if given.run.resume and saved.is_file():
-        return build(read(saved), settings)
+    base = Path(given.run.out).expanduser() / saved
+    if given.run.resume and base.is_file():
+        return build(read(base), [*settings, Given("run.out", given.run.out, "--out")])
     return given
 
 

@@ -1,5 +1,6 @@
 """Accounting: what state costs, exactly, and which leaf gets what and why."""
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -49,23 +50,30 @@ class Breakdown:
         return cls(sum(leaves.values()), dict(kinds), dict(roles), dict(leaves))
 
 
-def explain(rows: list[Row], notes: list[str]) -> str:
-    """A table: leaf, role, shape, rule, rank, kept as, bytes, why. Alike leaves of one model share a line count."""
-    header = ("leaf", "role", "shape", "rule", "rank", "kept as", "bytes", "why")
-    lines = [header]
+def explain(rows: list[Row], notes: list[str], every_leaf: bool = False) -> str:
+    """A table: leaf, role, shape, rule, rank, kept as, bytes, why.
+
+    Leaves that differ only in a number of their name (layers) share a line unless `every_leaf`; `n` counts them and
+    `bytes` is their sum.
+    """
+    lines = [("leaf", "n", "role", "shape", "rule", "rank", "kept as", "bytes", "why")]
+    groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in rows:
+        name = row.leaf.name if every_leaf else re.sub(r"(?<=\.)\d+(?=\.)", "*", row.leaf.name)
         forms = sorted({f"{slot.spec.kind} {_form(slot)}" for slot in row.slots.values() if slot.form != "count"})
-        rank = row.transform.rank_for(row.leaf)
         shape = "x".join(map(str, row.leaf.shape)) or "scalar"
-        kept = ", ".join(forms) or "nothing"
-        cells = (row.leaf.name, row.leaf.role, shape, row.transform.describe(), str(rank or "-"), kept)
-        lines.append((*cells, f"{row.bytes:,}", row.why))
-    lines.append(("total", "", "", "", "", "", f"{sum(row.bytes for row in rows):,}", ""))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    right = {4, 6}
+        rank = str(row.transform.rank_for(row.leaf) or "-")
+        rule = row.transform.describe()
+        groups[name, row.leaf.role, shape, rule, rank, ", ".join(forms) or "nothing", row.why].append(row)
+    for (name, role, shape, rule, rank, kept, why), alike in groups.items():
+        total = f"{sum(row.bytes for row in alike):,}"
+        lines.append((name, str(len(alike)), role, shape, rule, rank, kept, total, why))
+    lines.append(("total", str(len(rows)), "", "", "", "", "", f"{sum(row.bytes for row in rows):,}", ""))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    right = {1, 5, 7}
     text = [
         "  ".join(
-            cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+            c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines
     ]

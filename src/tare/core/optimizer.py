@@ -191,14 +191,17 @@ class Optimizer(torch.optim.Optimizer):
         ordered = [self._entries[p] for group in self.param_groups for p in group["params"]]
         return [Row(e.leaf, e.transform, e.slots, e.why) for e in ordered]
 
-    def explain(self) -> str:
-        """A table: which leaf is stepped by what, at which rank, kept how, in how many bytes, and why."""
+    def explain(self, every_leaf: bool = False) -> str:
+        """A table: which leaf is stepped by what, at which rank, kept how, in how many bytes, and why.
+
+        every_leaf: one line for each instead of one for all that differ only in their layer's number.
+        """
         notes = [f"matrix products: {gemm.describe()}"]
         if any(slot.form == "int8" for e in self._entries.values() for slot in e.slots.values()):
             notes.append(f"8-bit codec: {native.reason()}")
         if self._release:
             notes.append("release: every leaf is stepped inside backward and its gradient freed")
-        return explain(self._rows(), notes)
+        return explain(self._rows(), notes, every_leaf)
 
     # -- stepping --------------------------------------------------------------------------------------------------
 

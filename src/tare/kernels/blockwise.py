@@ -8,6 +8,7 @@ import bisect
 import struct
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -59,7 +60,7 @@ def map_values(signed: bool) -> tuple[float, ...]:
         half = (cells + 1) // 2
         edges = [_fp32(low + step * j if j < half else high - step * (cells - j)) for j in range(cells + 1)]
         power = _fp32(10.0 ** (i - 6))
-        middles = [_fp32(power * _fp32((a + b) / 2)) for a, b in zip(edges, edges[1:], strict=False)]
+        middles = [_fp32(power * _fp32((a + b) / 2)) for a, b in pairwise(edges)]
         values += middles
         if signed:
             values += [-x for x in middles]
@@ -73,7 +74,7 @@ def map_thresholds(signed: bool) -> tuple[float, ...]:
     The sum of two fp32 numbers is exact in fp64 here, hence `x > threshold` decides the exact nearest value for every fp32 `x`.
     """
     values = map_values(signed)
-    return (*(_fp32_below((a + b) / 2) for a, b in zip(values, values[1:], strict=False)), float("inf"))
+    return (*(_fp32_below((a + b) / 2) for a, b in pairwise(values)), float("inf"))
 
 
 def zero_code(signed: bool) -> int:
@@ -174,7 +175,9 @@ def _check(numel: int, codes: Tensor, absmax: Tensor, block: int) -> None:
 
 def _view(x: Tensor, name: str) -> Tensor:
     if not x.is_contiguous():
-        raise ValueError(f"{name} is written in place and must be contiguous, got strides {x.stride()} for {tuple(x.shape)}")
+        raise ValueError(
+            f"{name} is written in place and must be contiguous, got strides {x.stride()} for {tuple(x.shape)}"
+        )
     return x.view(-1)
 
 
@@ -204,9 +207,9 @@ def encode_into(x: Tensor, codes: Tensor, absmax: Tensor, signed: bool, block: i
         part = source[start:stop].to(torch.float32)
         # amax lets NaN through, which a comparison would not
         peak = part.abs().view(-1, width).amax(1)
-        peak = torch.where(peak < SMALLEST_NORMAL, 0.0, peak)
+        peak.masked_fill_(peak < SMALLEST_NORMAL, 0.0)
         # 0 for zero, infinite and NaN peaks; every element of such a block then becomes 0 or NaN, and both have the code of zero
-        factor = torch.where(peak > 0, peak.reciprocal(), 0.0)
+        factor = peak.reciprocal().masked_fill_((peak > 0).logical_not_(), 0.0)
         scaled = part.view(-1, width).mul(factor.unsqueeze(1)).view(-1)
         # Keyed look-up: numbers that share their top 16 bits have at most two codes, and one comparison chooses.
         key = scaled.view(torch.int32).bitwise_right_shift(16).bitwise_and_(0xFFFF)
@@ -233,8 +236,8 @@ def encode(x: Tensor, signed: bool, block: int = BLOCK) -> tuple[Tensor, Tensor]
     >>> decode(codes, absmax, signed=True)
     tensor([ 0.0000, -1.0016,  2.0000])
     """
-    codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
-    absmax = torch.empty(absmax_numel(x.numel(), block), dtype=torch.float32, device=x.device)
+    codes = x.new_empty(x.shape, dtype=torch.uint8)
+    absmax = x.new_empty(absmax_numel(x.numel(), block), dtype=torch.float32)
     encode_into(x, codes, absmax, signed, block)
     return codes, absmax
 
@@ -258,7 +261,7 @@ def decode(codes: Tensor, absmax: Tensor, signed: bool, block: int = BLOCK, out:
     """
     _check(codes.numel(), codes, absmax, block)
     if out is None:
-        out = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+        out = codes.new_empty(codes.shape, dtype=torch.float32)
     elif out.dtype != torch.float32 or out.numel() != codes.numel():
         raise ValueError(f"out must be float32 with {codes.numel()} elements, got {out.dtype} with {out.numel()}")
     source, target, scales = codes.reshape(-1), _view(out, "out"), absmax.reshape(-1)

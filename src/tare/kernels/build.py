@@ -70,17 +70,6 @@ def cpu_description() -> str:
     return platform.machine() + "\n" + "\n".join(sorted({x for x in lines if x.startswith(kept)}))
 
 
-def _compile(compiler: str, source: Path, target: Path, extra: tuple[str, ...]) -> None:
-    """Compile next to the target and rename: whoever looks sees no file or a whole one, however many processes build at once."""
-    handle, temporary = tempfile.mkstemp(suffix=".so", prefix=".building-", dir=target.parent)
-    os.close(handle)
-    try:
-        _run([compiler, *FLAGS, *extra, str(source), "-o", temporary])
-        os.replace(temporary, target)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
 def _load(path: Path, accept: Callable[[ctypes.CDLL], str | None]) -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(path))
@@ -90,6 +79,22 @@ def _load(path: Path, accept: Callable[[ctypes.CDLL], str | None]) -> ctypes.CDL
     if objection is not None:
         raise Unavailable(objection)
     return library
+
+
+def _build(command: list[str], target: Path, accept: Callable[[ctypes.CDLL], str | None]) -> ctypes.CDLL:
+    """Compile beside the target, test, rename: whoever looks finds no file or a whole and tested one, however many build at once.
+
+    It is loaded under the temporary name, because the loader hands out what it already has under a name that it knows.
+    """
+    handle, temporary = tempfile.mkstemp(suffix=".so", prefix=".building-", dir=target.parent)
+    os.close(handle)
+    try:
+        _run([*command, "-o", temporary])
+        library = _load(Path(temporary), accept)
+        os.replace(temporary, target)
+        return library
+    finally:
+        Path(temporary).unlink(missing_ok=True)
 
 
 def library(source: Path, accept: Callable[[ctypes.CDLL], str | None]) -> ctypes.CDLL:
@@ -114,17 +119,17 @@ def library(source: Path, accept: Callable[[ctypes.CDLL], str | None]) -> ctypes
     first_reason = ""
     for extra in CHOICES:
         parts = (text, version.encode(), cpu_description().encode(), " ".join((*FLAGS, *extra)).encode())
-        name = f"{source.stem}-{hashlib.sha256(b''.join(hashlib.sha256(x).digest() for x in parts)).hexdigest()[:24]}.so"
+        name = (
+            f"{source.stem}-{hashlib.sha256(b''.join(hashlib.sha256(x).digest() for x in parts)).hexdigest()[:24]}.so"
+        )
         try:
-            return _from_cache(compiler, source, name, extra, accept)
+            return _from_cache([compiler, *FLAGS, *extra, str(source)], name, accept)
         except Unavailable as error:
             first_reason = first_reason or str(error)
     raise Unavailable(first_reason)
 
 
-def _from_cache(
-    compiler: str, source: Path, name: str, extra: tuple[str, ...], accept: Callable[[ctypes.CDLL], str | None]
-) -> ctypes.CDLL:
+def _from_cache(command: list[str], name: str, accept: Callable[[ctypes.CDLL], str | None]) -> ctypes.CDLL:
     try:
         folder = cache_folder()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -134,10 +139,7 @@ def _from_cache(
                 return _load(target, accept)
             except Unavailable:
                 target.unlink(missing_ok=True)
-        _compile(compiler, source, target, extra)
+        return _build(command, target, accept)
     except (OSError, RuntimeError):  # no home, or not writable: build for this process alone
         with tempfile.TemporaryDirectory(prefix="tare-native-") as private:
-            target = Path(private) / name
-            _compile(compiler, source, target, extra)
-            return _load(target, accept)
-    return _load(target, accept)
+            return _build(command, Path(private) / name, accept)

@@ -53,7 +53,15 @@ def _time(product: Callable[[], Tensor]) -> float:
 def _numbers(rows: int, columns: int, multiplier: int) -> Tensor:
     """Fixed numbers in [-1, 1) of 16 bits each, twice what bf16 holds, without touching any random generator."""
     t = torch.arange(rows * columns, dtype=torch.int32, device="cpu")
-    return t.mul_(multiplier).bitwise_right_shift_(8).bitwise_and_(0xFFFF).to(torch.float32).div_(32768).sub_(1).view(rows, columns)
+    return (
+        t.mul_(multiplier)
+        .bitwise_right_shift_(8)
+        .bitwise_and_(0xFFFF)
+        .to(torch.float32)
+        .div_(32768)
+        .sub_(1)
+        .view(rows, columns)
+    )
 
 
 def _probe() -> tuple[bool, str]:
@@ -85,7 +93,10 @@ def _probe() -> tuple[bool, str]:
     ratio = statistics.median(times["highest"]) / statistics.median(times["medium"])
     if ratio < SPEEDUP:
         return False, f"fp32 products by torch's default library (the alternative is {ratio:.2f} times as fast)"
-    return True, f"fp32 products by the faster library ({ratio:.2f} times the default's speed, relative error {error:.0e})"
+    return (
+        True,
+        f"fp32 products by the faster library ({ratio:.2f} times the default's speed, relative error {error:.0e})",
+    )
 
 
 def _decide() -> bool:
@@ -100,7 +111,8 @@ def _decide() -> bool:
                 try:
                     fast, _line = _probe()
                 except Exception as failure:  # a probe must never stop a run
-                    fast, _line = False, f"fp32 products by torch's default library ({failure})".splitlines()[0]
+                    why = str(failure).partition("\n")[0] or type(failure).__name__
+                    fast, _line = False, f"fp32 products by torch's default library ({why})"
                 _fast = fast
     return _fast
 

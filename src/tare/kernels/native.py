@@ -25,7 +25,9 @@ class _Noise(ctypes.Structure):
 
 
 class _Step(ctypes.Structure):
-    _fields_ = [(x, ctypes.c_float) for x in ("beta1", "rest1", "beta2", "rest2", "decay", "alpha", "eps")] + [("noise", _Noise)]
+    _fields_ = [(x, ctypes.c_float) for x in ("beta1", "rest1", "beta2", "rest2", "decay", "alpha", "eps")] + [
+        ("noise", _Noise)
+    ]
 
 
 _lock = threading.Lock()
@@ -58,7 +60,9 @@ def _accept(library: ctypes.CDLL) -> str | None:
         _declare(library)
     except AttributeError as error:
         return f"the compiled library lacks {error}"
-    tables = [(ctypes.c_float * 256)(*x(s)) for s in (False, True) for x in (blockwise.map_values, blockwise.map_thresholds)]
+    tables = [
+        (ctypes.c_float * 256)(*x(s)) for s in (False, True) for x in (blockwise.map_values, blockwise.map_thresholds)
+    ]
     library.tare_tables(*tables)
     _trial.library = library
     try:
@@ -286,7 +290,14 @@ def encode_into(x: Tensor, codes: Tensor, absmax: Tensor, signed: bool, block: i
     if library is None:
         return False
     library.tare_encode(
-        x.data_ptr(), x.dtype == torch.bfloat16, codes.data_ptr(), absmax.data_ptr(), n, block, signed, torch.get_num_threads()
+        x.data_ptr(),
+        x.dtype == torch.bfloat16,
+        codes.data_ptr(),
+        absmax.data_ptr(),
+        n,
+        block,
+        signed,
+        torch.get_num_threads(),
     )
     _written(codes, absmax)
     return True

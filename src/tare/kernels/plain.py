@@ -21,7 +21,7 @@ def _chunks(weight: Tensor, block: int) -> Iterator[tuple[slice, slice]]:
 
 def _write(weight: Tensor, update: Tensor, decay: float, alpha: float, key: int | None, start: int) -> None:
     """weight, update: [n]; update is overwritten."""
-    if key is None:
+    if key is None or weight.dtype != torch.bfloat16:
         weight.copy_(weight.to(torch.float32).mul(decay).sub_(update.mul_(alpha)))
     else:
         rounding.write_stochastic_(weight, update, decay=decay, alpha=alpha, key=key, start=start)
@@ -50,7 +50,11 @@ def adamw8bit_(
     for at, of in _chunks(w, block):
         gradient = g[at].to(torch.float32)
         m = blockwise.decode(q1[at], absmax1[of], True, block).mul_(beta1).add_(gradient * (1 - beta1))
-        v = blockwise.decode(q2[at], absmax2[of], False, block).mul_(beta2).add_((gradient * (1 - beta2)).mul_(gradient))
+        v = (
+            blockwise.decode(q2[at], absmax2[of], False, block)
+            .mul_(beta2)
+            .add_((gradient * (1 - beta2)).mul_(gradient))
+        )
         blockwise.encode_into(m, q1[at], absmax1[of], True, block)
         blockwise.encode_into(v, q2[at], absmax2[of], False, block)
         _write(w[at], m.div_(v.sqrt_().add_(eps)), decay, alpha, key, start + at.start)

@@ -124,7 +124,11 @@ def round_stochastic_(weight: Tensor, exact: Tensor, key: int, start: int = 0) -
             f"need a bfloat16 weight and as many float32 numbers, got {weight.dtype} [{weight.numel()}] "
             f"and {exact.dtype} [{exact.numel()}]"
         )
-    target = weight.view(-1) if weight.is_contiguous() else torch.empty_like(weight, memory_format=torch.contiguous_format).view(-1)
+    target = (
+        weight.view(-1)
+        if weight.is_contiguous()
+        else torch.empty_like(weight, memory_format=torch.contiguous_format).view(-1)
+    )
     source = exact.reshape(-1)
     chunk = _CHUNK_CPU if weight.device.type == "cpu" else _CHUNK
     for at in range(0, source.numel(), chunk):

@@ -1,5 +1,7 @@
 """A few hundred numbers through a freshly loaded library and through the plain twins; any difference rejects the library."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
@@ -13,7 +15,9 @@ def adversarial(signed: bool) -> Tensor:
     Returns:
         [n] fp32, magnitudes up to 1.
     """
-    fixed = torch.tensor(blockwise.map_thresholds(signed)[:-1] + blockwise.map_values(signed), dtype=torch.float32, device="cpu")
+    fixed = torch.tensor(
+        blockwise.map_thresholds(signed)[:-1] + blockwise.map_values(signed), dtype=torch.float32, device="cpu"
+    )
     up = torch.nextafter(fixed, torch.full_like(fixed, torch.inf))
     down = torch.nextafter(fixed, torch.full_like(fixed, -torch.inf))
     tiny = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1e-38, 1e-30, 1e-8, -1e-8], device="cpu")
@@ -51,7 +55,8 @@ def _state(n: int, *signs: bool) -> list[Tensor]:
 
 def _steps(dtype: torch.dtype, key: int | None) -> bool:
     """Two steps of each rule from zero states: equal codes, and weights that differ by no more than a rounding of the square root."""
-    n, rates = 601, {"beta1": 0.9, "beta2": 0.99, "decay": 0.999, "alpha": 0.01, "key": key, "start": 5}
+    n = 601
+    rates: dict[str, Any] = {"beta1": 0.9, "beta2": 0.99, "decay": 0.999, "alpha": 0.01, "key": key, "start": 5}
     w = _wave(n, 1.3).to(dtype)
     good = True
     ours, theirs = [w.clone(), *_state(n, True, False)], [w.clone(), *_state(n, True, False)]
@@ -61,7 +66,9 @@ def _steps(dtype: torch.dtype, key: int | None) -> bool:
         plain.adamw8bit_(theirs[0], g, *theirs[1:], eps=1e-8, **rates)
     good &= all(torch.equal(a, b) for a, b in zip(ours[1:], theirs[1:], strict=True))
     # bf16: one step of the last place, where the square root's last bit decided a rounding
-    good &= torch.allclose(ours[0].float(), theirs[0].float(), rtol=2e-6 if dtype == torch.float32 else 2**-7, atol=1e-7)
+    good &= torch.allclose(
+        ours[0].float(), theirs[0].float(), rtol=2e-6 if dtype == torch.float32 else 2**-7, atol=1e-7
+    )
     ours, theirs = [w.clone(), *_state(n, True)], [w.clone(), *_state(n, True)]
     for step in (0.9, 1.1):
         g = _wave(n, step).to(dtype)

@@ -4,15 +4,18 @@ State bytes are the optimizer's own exact account. Temporaries are tracked on on
 leaf, so the largest one decides; dense fp32 leaves go through fused kernels together and need none.
 """
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
 
 from tare.core.optimizer import Optimizer
 from tare.core.random import normal
-from tare.kernels import gemm
+from tare.kernels import native
 from tare.plan.activations import fake_tensors
 from tare.plan.cache import cached
 from tare.plan.models import DTYPES, build_skeleton
@@ -44,18 +47,32 @@ def step_cost(choice: Choice, config: "PretrainedConfig", dtype: str) -> StepCos
         "key": choice.key,
         "options": repr(sorted(choice.options.items())),
         "storage": repr(choice.storage),
+        "native": native.available(),
     }
     return cached(what, lambda: _run(choice, config, dtype), _encode, _decode)
 
 
 def _run(choice: Choice, config: "PretrainedConfig", dtype: str) -> StepCost:
-    normal(0, (1,))  # tables and probes that are made once must not be made of fake tensors
-    with gemm.fast_matmul():
-        pass
-    with fake_tensors():
+    normal(0, (1,))  # its table is made once and kept: it must not be made of fake tensors
+    with fake_tensors(), native_on_paper():
         model = build_skeleton(config, DTYPES[dtype])
         optimizer = Choice(choice.key, choice.lr, choice.options, choice.storage).build(model)
         return measure_steps(optimizer, model)
+
+
+@contextmanager
+def native_on_paper() -> Iterator[None]:
+    """Native kernels refuse fake tensors. Where they exist they will do the work without temporaries, so say that they did."""
+    names = ("adamw8bit_", "lion8bit_", "write_stochastic_", "encode_into", "decode_into")
+    with ExitStack() as stack:
+        if native.available():
+            for name in names:
+                stack.enter_context(patch.object(native, name, _takes_all))
+        yield
+
+
+def _takes_all(*tensors: Any, **options: Any) -> bool:
+    return all(x.is_contiguous() for x in (*tensors, *options.values()) if isinstance(x, torch.Tensor))
 
 
 def measure_steps(optimizer: Optimizer, model: nn.Module) -> StepCost:

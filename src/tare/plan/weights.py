@@ -66,7 +66,7 @@ def load_pretrained(folder: Path, config: "PretrainedConfig", dtype: torch.dtype
     for name, weight in model.named_parameters():
         if not bool(weight.isfinite().all()):
             raise InputError(f"{folder}: weight {name} holds NaN or infinite values")
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def _check_index(folder: Path) -> None:

@@ -101,7 +101,9 @@ def line_chart(lines: list[Line], x_label: str, y_label: str, width: int = 860, 
         marks.append(f'<text class="tick" x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{short(value)}</text>')
     for value in ticks(x0, x1, 6):
         x, _ = at(value, y0)
-        marks.append(f'<text class="tick" x="{x:.1f}" y="{height - bottom + 18}" text-anchor="middle">{short(value)}</text>')
+        marks.append(
+            f'<text class="tick" x="{x:.1f}" y="{height - bottom + 18}" text-anchor="middle">{short(value)}</text>'
+        )
     middle = (left + width - right) / 2
     marks.append(f'<text class="axis" x="{middle}" y="{height - 6}" text-anchor="middle">{escape(x_label)}</text>')
     marks.append(
@@ -165,17 +167,18 @@ def bar_chart(bars: list[Bar], categories: list[str], limit: int | None = None, 
     if limit:
         x = left + limit * scale
         marks.append(f'<line class="limit" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{y:.1f}"/>')
-        marks.append(f'<text class="tick" x="{x:.1f}" y="{y + 14:.1f}" text-anchor="middle">budget {format_bytes(limit)}</text>')
+        marks.append(
+            f'<text class="tick" x="{x:.1f}" y="{y + 14:.1f}" text-anchor="middle">budget {format_bytes(limit)}</text>'
+        )
         y += 16
     return _svg(width, round(y + 4), "peak memory, predicted and measured", marks)
 
 
-def legend(categories: list[str]) -> str:
-    """What the colours of the parts mean."""
-    items = [
-        f'<span class="key"><i style="background:var(--part-{i % PARTS + 1})"></i>{escape(category)}</span>'
-        for i, category in enumerate(categories)
-    ]
+def legend(categories: list[str], rest: bool = False) -> str:
+    """What the colours of the parts mean; `rest`: whether there are parts that measuring did not tell apart."""
+    keys = [(f"var(--part-{i % PARTS + 1})", category) for i, category in enumerate(categories)]
+    keys += [("var(--quiet)", "rest, measured as one")] if rest else []
+    items = [f'<span class="key"><i style="background:{colour}"></i>{escape(text)}</span>' for colour, text in keys]
     return f'<p class="legend">{"".join(items)}</p>'
 
 

@@ -50,11 +50,14 @@ def page(rows: list[Row], settings: dict[str, dict[str, Any]], budget: int | Non
     parts = [f"<h1>{escape(title)}</h1>", f'<p class="lead">{escape(_lead(done, settings))}</p>', _table(rows)]
     if chart := line_chart(_curves(done), "optimizer step", "loss, nats per token"):
         parts.append("<h2>Loss</h2>" + chart)
-        parts.append('<p class="note">Lines with dots: evaluation on held-out text. Pale lines: training, smoothed.</p>')
+        parts.append(
+            '<p class="note">Lines with dots: evaluation on held-out text. Pale lines: training, smoothed.</p>'
+        )
     bars = _bars(rows)
     if bars:
         shown = [name for name in CATEGORIES if any(name == part for bar in bars for part, _ in bar.parts)]
-        parts.append("<h2>Memory at the peak of a step</h2>" + (legend(shown) if shown else ""))
+        rest = any(part == "rest" for bar in bars for part, _ in bar.parts)
+        parts.append("<h2>Memory at the peak of a step</h2>" + (legend(shown, rest) if shown else ""))
         parts.append(bar_chart(bars, CATEGORIES, budget))
     parts.append("<h2>Settings</h2>" + _settings(rows, settings))
     body = "\n".join(parts)
@@ -110,7 +113,7 @@ def _bars(rows: list[Row]) -> list[Bar]:
             ("measured", row.measured_peak, row.measured),
         ):
             if peak:
-                parts = tuple((name, sizes[name]) for name in CATEGORIES if sizes.get(name))
+                parts = tuple((name, sizes[name]) for name in (*CATEGORIES, "rest") if sizes.get(name))
                 bars.append(Bar(row.method, label, parts, peak, hatched=label == "predicted"))
     return bars
 

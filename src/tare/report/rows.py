@@ -82,7 +82,7 @@ def number(value: float | None, digits: int) -> str:
     return f"{value:,.{digits}f}" if abs(value) < 1e8 else f"{value:.2e}"
 
 
-COLUMNS = ("method", "eval loss", "perplexity", "state MiB", "predicted MiB", "measured MiB", "tokens/s")
+COLUMNS = ("method", "eval loss", "perplexity", "state MiB", "predicted peak MiB", "measured peak MiB", "tokens/s")
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -103,30 +103,39 @@ def table(rows: list[Row]) -> "Table":
     from rich import box
     from rich.table import Table
 
-    found = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    found = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for title in COLUMNS:
         found.add_column(title, justify="left" if title == "method" else "right", no_wrap=True)
     best = min((row.loss for row in rows if row.loss is not None), default=None)
     for row in rows:
         found.add_row(*cells(row), style="bold" if best is not None and row.loss == best and len(rows) > 1 else None)
-    found.caption = "peak: the highest memory of a training step, of weights, gradients, state and activations together"
-    found.caption_justify = "left"
     return found
 
 
 def memory_table(row: Row) -> "Table":
-    """Predicted and measured memory of one run, by category."""
+    """Predicted and measured memory of one run, by category.
+
+    Measuring sees weights, state and the peak; the rest it does not tell apart, so there the prediction is added up too.
+    """
     from rich import box
     from rich.table import Table
 
-    found = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    found.add_column("at the peak, MiB")
+    found = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    found.add_column("MiB at the peak")
     for title in ("predicted", "measured", "difference"):
         found.add_column(title, justify="right")
-    names = [*CATEGORIES, *sorted((row.predicted.keys() | row.measured.keys()) - set(CATEGORIES))]
-    for name in names:
+    alone = ("weights", "state")
+    rest = [name for name in CATEGORIES if name in row.predicted and name not in row.measured and name not in alone]
+    for name in alone:
+        _add(found, name, row.predicted.get(name), row.measured.get(name))
+    for name in (name for name in CATEGORIES if name not in rest and name not in alone):
         if name in row.predicted or name in row.measured:
             _add(found, name, row.predicted.get(name), row.measured.get(name))
+    if rest or "rest" in row.measured:
+        predicted = sum(row.predicted[name] for name in rest) if rest else None
+        _add(found, "rest", predicted, row.measured.get("rest"))
+    for name in rest:
+        found.add_row(f"  {name}", mib(row.predicted[name]), "", "")
     found.add_section()
     _add(found, "peak", row.predicted_peak, row.measured_peak)
     return found

@@ -84,7 +84,7 @@ def save(
             OPTIMIZER: lambda path: _write(path, files[OPTIMIZER]),
             TRAINER: lambda path: _write(path, files[TRAINER]),
         },
-        {"step": step, "torch": torch.__version__, **(facts or {})},
+        {"step": step, "torch": str(torch.__version__), **(facts or {})},
     )
     prune(folder, keep)
     return target

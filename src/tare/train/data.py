@@ -111,7 +111,7 @@ class PackedDataset:
         bits, mask = np.uint64(self._half), np.uint64((1 << self._half) - 1)
         left, right = index >> bits, index & mask
         for number in range(8):  # 4 rounds make a good permutation; small domains like some more
-            salt = key + np.uint64(number) * np.uint64(0x9E3779B97F4A7C15)
+            salt = key + np.uint64(number * 0x9E3779B97F4A7C15 % 2**64)  # the step of SplitMix64
             left, right = right, left ^ (_mix(salt ^ right) & mask)
         return (left << bits) | right
 
@@ -174,8 +174,8 @@ def open_corpus(
 ) -> Corpus:
     """Open the data of a run, tokenizing what is not in the cache yet.
 
-    Without `eval_source`, the documents whose text has a small hash are held out (`eval_fraction` of them, at least one):
-    the choice depends on nothing else, and equal documents are never on both sides.
+    Without `eval_source`, documents are held out that make up `eval_fraction` of the tokens, those with the lowest hash of
+    their text: the choice depends on nothing else, and equal documents are never on both sides.
 
     Arguments:
         data: the section of the run's configuration. vocab_size: of the model.

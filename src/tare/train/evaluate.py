@@ -42,8 +42,8 @@ def evaluate(
 
     Args:
         model: any causal LM of `transformers`; evaluated without dropout or gradients, and left in the mode it was in.
-        batches: ids [batch, seq], alone or first in a tuple; or mappings with `input_ids` and optionally `attention_mask` (0 = padding, not counted)
-            and `labels` (-100 = not counted).
+        batches: ids [batch, seq], alone or first in a tuple; or mappings with
+            `input_ids` and optionally `attention_mask` (0 = padding, not counted) and `labels` (-100 = not counted).
         device: where the model is.
         precision: `bf16-autocast` runs the forward in autocast, as in training.
         legacy: the biased mean of the published scripts, see above.

@@ -3,8 +3,7 @@
 The order here is what keeps promises: take the folder, build everything, check that it fits, and only then write.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +67,10 @@ def train(config: RunConfig, *, on_event: OnEvent = ignore) -> Result:
         warnings = [*(snapshot.skipped if snapshot else ()), *run.changes(saved, config)]
         with session.threads(config.run.threads or 1):
             predicted = session.check_budget(config)
-            job = session.build(config, predicted, _stages(on_event))
+            job = session.build(config, predicted, lambda text: on_event(progress.Working(text)))
             counters = Counters()
             if snapshot is not None:
-                session.restore(job, snapshot)
+                warnings += session.restore(job, snapshot)
                 counters = _counters(snapshot.trainer["counters"])
             _require_space(job, folder)
             resumed = snapshot.folder if snapshot else None
@@ -84,18 +83,6 @@ def train(config: RunConfig, *, on_event: OnEvent = ignore) -> Result:
         raise
     finally:
         folder.close()
-
-
-def _stages(on_event: OnEvent) -> Callable[[str, int], None]:
-    """Turns what the data says while it is prepared into a note per stage."""
-    said: set[str] = set()
-
-    def tell(stage: str, done: int) -> None:
-        if stage not in said:
-            said.add(stage)
-            on_event(progress.Note(f"data: {stage}"))
-
-    return tell
 
 
 def _counters(saved: dict[str, Any]) -> Counters:

@@ -24,7 +24,14 @@ class Event:
 
 @dataclass(frozen=True)
 class Note(Event):
-    """A phase has begun, or something worth a line."""
+    """Something worth a line."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Working(Event):
+    """What is being done before the first step, told again and again as it goes on."""
 
     text: str
 
@@ -140,17 +147,20 @@ class RichProgress:
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, StepDone):
-            self._step(event)
+            self._passing(step_line(event), event.step in (1, event.steps))
+        elif isinstance(event, Working):
+            self._passing(event.text)
         elif text := describe(event):
             self._print(text, "yellow" if isinstance(event, Warned | Skipped) else "")
 
-    def _step(self, event: StepDone) -> None:
+    def _passing(self, text: str, always: bool = False) -> None:
+        """Text that the next one replaces: on a terminal in place, else as a line if the last one is old enough."""
         now = time.monotonic()
         if self._live is not None:
-            self._live.update(Text(self.label + step_line(event), no_wrap=True, overflow="ellipsis"))
-        elif event.step in (1, event.steps) or now - self._last >= self.every:
+            self._live.update(Text(self.label + text, no_wrap=True, overflow="ellipsis"))
+        elif always or now - self._last >= self.every:
             self._last = now
-            self._print(step_line(event))
+            self._print(text)
 
     def _print(self, text: str, style: str = "") -> None:
         # soft_wrap: a log file is not as narrow as the terminal that rich assumes where there is none
@@ -161,7 +171,7 @@ def step_line(event: StepDone) -> str:
     """One step as one line of text.
 
     >>> step_line(StepDone(5, 20, 6.25, 1e-3, 0.5, 1280, 900.0, 1 << 20, 2 << 20, 75.0))
-    'step 5/20  loss 6.250  900 tokens/s  memory 1.0 MiB / 2.0 MiB predicted  lr 1.00e-03  1m15s left'
+    'step 5/20  loss 6.250  900 tokens/s  memory 1.00 MiB / 2.00 MiB predicted  lr 1.00e-03  1m15s left'
     """
     planned = f" / {format_bytes(event.predicted)} predicted" if event.predicted else ""
     return (
@@ -190,14 +200,17 @@ def describe(event: Event) -> str:
 
 
 def compare(predicted: dict[str, int], measured: dict[str, int]) -> str:
-    """Categories side by side; a dash where one side does not know.
+    """Categories side by side. What comes and goes within a step is measured as a whole, `rest`, and predicted in parts.
 
-    >>> compare({"weights": 4096, "peak": 8192}, {"weights": 4096, "peak": 9216})
-    'weights 4.0 KiB / 4.0 KiB, peak 8.0 KiB / 9.0 KiB'
+    >>> compare({"weights": 4096, "activations": 1024, "peak": 5120}, {"weights": 4096, "rest": 2048, "peak": 6144})
+    'weights 4.00 KiB / 4.00 KiB, rest 1.00 KiB (activations 1.00 KiB) / 2.00 KiB, peak 5.00 KiB / 6.00 KiB'
     """
-    keys = [key for key in measured if key != "peak"] + [key for key in predicted if key not in measured] + ["peak"]
-    pairs = [[format_bytes(side[key]) if key in side else "-" for side in (predicted, measured)] for key in keys]
-    return ", ".join(f"{key} {' / '.join(pair)}" for key, pair in zip(keys, pairs, strict=True))
+    parts = {key: size for key, size in predicted.items() if key not in measured}
+    shown = {key: format_bytes(size) for key, size in predicted.items()}
+    if parts:
+        names = ", ".join(f"{key} {format_bytes(size)}" for key, size in parts.items() if size)
+        shown["rest"] = f"{format_bytes(sum(parts.values()))} ({names})"
+    return ", ".join(f"{key} {shown.get(key, '-')} / {format_bytes(size)}" for key, size in measured.items())
 
 
 def duration(seconds: float) -> str:

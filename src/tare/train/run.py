@@ -193,8 +193,9 @@ def inherit(saved: dict[str, dict[str, Any]], config: RunConfig) -> RunConfig:
             part = replace(getattr(config, section), **{name: saved[section][name]})
             config = replace(config, **{section: part})
     kept = saved.get("method", {})
-    merged = {name: {**kept.get(name, {}), **getattr(config.method, name)} for name in ("options", "storage")}
-    return replace(config, method=replace(config.method, **merged))
+    options = {**kept.get("options", {}), **config.method.options}
+    storage = {**kept.get("storage", {}), **config.method.storage}
+    return replace(config, method=replace(config.method, options=options, storage=storage))
 
 
 def _own_leftover(name: str) -> bool:

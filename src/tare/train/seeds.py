@@ -1,6 +1,6 @@
-"""The process-wide random generators: seeded at the start of a run, saved as plain lists, put back on resume.
+"""What else decides the bits of a run: the process-wide random generators, and the arithmetic that this process chose.
 
-Dropout and whatever else a model draws use them; `tare`'s own randomness does not (see `core.random`).
+Dropout and whatever else a model draws use these generators; `tare`'s own randomness does not (see `core.random`).
 """
 
 import random
@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from tare.kernels import gemm
 
 
 def seed_everything(seed: int) -> None:
@@ -38,3 +40,20 @@ def restore_random_state(state: dict[str, Any]) -> None:
     if torch.cuda.is_available():
         for index, saved in enumerate(state["cuda"][: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(torch.tensor(saved, dtype=torch.uint8), index)
+
+
+def arithmetic(device: torch.device) -> dict[str, Any]:
+    """What may differ between two processes and then changes the last bits: library, versions, device."""
+    return {"torch": str(torch.__version__), "device": str(device), "fast_matmul": gemm._decide()}
+
+
+def restore_arithmetic(saved: dict[str, Any], device: torch.device) -> list[str]:
+    """Choose again what the saved run chose, where this process may; one line for each thing that differs.
+
+    Which matrix library our products use is settled by a timing in each process, so chance could settle it otherwise.
+    """
+    if gemm._decide() and saved.get("fast_matmul") is False:
+        gemm._fast = False
+    own = arithmetic(device)
+    differs = [name for name in own if name in saved and saved[name] != own[name]]
+    return [f"{name} was {saved[name]} and is now {own[name]}: results may differ in the last bits" for name in differs]

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import nn
@@ -21,9 +21,12 @@ from tare.plan.resolve import resolve as resolve_method
 from tare.train.checkpoint import Snapshot, restore_weights
 from tare.train.config import RunConfig
 from tare.train.schedule import Schedule
-from tare.train.seeds import restore_random_state, seed_everything
+from tare.train.seeds import restore_arithmetic, restore_random_state, seed_everything
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from tare.plan.api import Plan
     from tare.train.data import Corpus, PackedDataset
 
 
@@ -42,7 +45,7 @@ class Session:
     predicted: dict[str, int] = field(default_factory=dict)
 
 
-def build(config: RunConfig, predicted: dict[str, int], progress: Callable[[str, int], None] | None = None) -> Session:
+def build(config: RunConfig, predicted: dict[str, int], progress: Callable[[str], None] | None = None) -> Session:
     """Everything that a resolved configuration names. Raises `InputError` for what is wrong with it, all before step 1."""
     from tare.train.data import open_corpus
 
@@ -53,7 +56,7 @@ def build(config: RunConfig, predicted: dict[str, int], progress: Callable[[str,
         enable_checkpointing(model)
     model.train()
     optimizer = build_optimizer(config, model)
-    corpus = open_corpus(config.data, model.config.vocab_size, config.model.tokenizer, progress)  # type: ignore[union-attr]
+    corpus = open_corpus(config.data, model.config.vocab_size, config.model.tokenizer, progress)  # type: ignore[union-attr, arg-type]
     order = corpus.dataset(config.run.seed, config.train.batch)
     peaks = [float(group["lr"]) for group in optimizer.param_groups]
     seed_everything(config.run.seed)
@@ -66,15 +69,15 @@ def resolve(config: RunConfig) -> RunConfig:
     Raises `InputError` for an unknown method or option, a rank given to a method without one, or clipping with release.
     """
     method, train = config.method, config.train
-    if method.key == "auto":
-        method = replace(method, key=choose(config))
-    if method.rank is not None and "rank" not in registry.options(method.key):
-        raise InputError(f"method.rank: {method.key} has no rank; leave it out")
     if method.release and train.clip is not None:
         raise InputError(
             "train.clip: method.release frees each gradient inside backward, so there is no global norm to clip by; "
             "set train.clip to none, or method.release to false"
         )
+    if method.key == "auto":
+        method = replace(method, key=choose(config))
+    if method.rank is not None and "rank" not in registry.options(method.key):
+        raise InputError(f"method.rank: {method.key} has no rank; leave it out")
     choice = choice_of(replace(config, method=method))
     options = {name: value for name, value in choice.options.items() if name not in ("rank", "weight_decay")}
     method = replace(
@@ -133,16 +136,45 @@ def device_of(name: str) -> torch.device:
 
 
 def check_budget(config: RunConfig) -> dict[str, int]:
-    """What the plan predicts for a resolved configuration: bytes by category, with `peak`.
+    """What the plan predicts for a resolved configuration: bytes by category at the peak, and `peak`.
 
     Raises `DoesNotFit`, with the smallest change that would fit, if that is more than `run.budget`.
     """
-    return {}
+    from tare.plan import api
+
+    planned = plan_of(config, [config.method.key])
+    row = planned.row(api.choose(planned))
+    parts = ("weights", "gradients", "state", "activations", "temporaries", "peak")
+    return {part: getattr(row, part) for part in parts}
 
 
 def choose(config: RunConfig) -> str:
-    """The planner's choice: the most preferred method that fits the budget."""
-    return "adamw"
+    """The planner's choice for `auto`: the most preferred method that fits. Raises `DoesNotFit` if none does."""
+    from tare.plan import api
+
+    return api.choose(plan_of(config, None))
+
+
+def plan_of(config: RunConfig, methods: list[str] | None) -> "Plan":
+    """The plan for the settings of a run; `methods` None means all."""
+    from tare.plan import api
+
+    method, train = config.method, config.train
+    hyper = {"lr": method.lr, "rank": method.rank, "weight_decay": method.weight_decay, **method.options}
+    return api.plan(
+        config.model.name,
+        config.run.budget,
+        train.batch,
+        config.data.seq,
+        methods,
+        checkpointing=config.model.checkpointing,
+        release=method.release,
+        accumulate=train.accumulate,
+        dtype=weights_dtype(config),
+        precision=train.precision,
+        storage=method.storage or None,
+        hyper={name: value for name, value in hyper.items() if value is not None},
+    )
 
 
 @contextlib.contextmanager
@@ -156,8 +188,8 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def restore(session: Session, snapshot: Snapshot) -> None:
-    """Put a checkpoint's weights, optimizer state and random states into a freshly built session.
+def restore(session: Session, snapshot: Snapshot) -> list[str]:
+    """Put a checkpoint's weights, optimizer state and random states into a freshly built session; returns warnings.
 
     Raises `CheckpointError` if they come from another model, method, tokenizer or data.
     """
@@ -179,6 +211,7 @@ def restore(session: Session, snapshot: Snapshot) -> None:
     for group, decay in zip(session.optimizer.param_groups, own_decay, strict=True):
         group["weight_decay"] = decay  # may be changed on resume; the learning rate is set at every step anyway
     restore_random_state(snapshot.trainer["random"])
+    return restore_arithmetic(snapshot.trainer["arithmetic"], session.device)
 
 
 def identity(session: Session) -> dict[str, str]:
@@ -187,6 +220,19 @@ def identity(session: Session) -> dict[str, str]:
 
 
 def save_model(session: Session, folder: Path) -> None:
-    """Write model and tokenizer in the format of `transformers`."""
-    session.model.save_pretrained(folder)  # type: ignore[operator]
-    session.corpus.tokenizer.save_pretrained(folder)
+    """Write model and tokenizer in the format of `transformers`, agreeing on special tokens and length."""
+    from transformers.utils import logging
+
+    model, tokenizer = cast("PreTrainedModel", session.model), session.corpus.tokenizer
+    for config in (model.config, model.generation_config):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config, name, getattr(tokenizer, name))
+    tokenizer.model_max_length = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # a bar per shard would break into our own line
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -12,7 +12,7 @@ import os
 import re
 import sysconfig
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,22 +102,22 @@ def fingerprint(source: str | Source, text_column: str = "text") -> str:
 
 
 def _library() -> list[tuple[str, Path]]:
-    base = Path(sysconfig.get_path("stdlib"))
-    listed = sorted((path.relative_to(base).as_posix(), path) for path in base.rglob("*.py"))
-    if not listed:
+    files = _walk(Path(sysconfig.get_path("stdlib")), _NOT_LIBRARY)
+    code = sorted(item for item in files if item[1].suffix == ".py" and not item[1].name.startswith("_sysconfigdata"))
+    if not code:
         raise InputError('data: this Python came without the source of its library: "stdlib" needs the .py files')
-    return [item for item in listed if not _NOT_LIBRARY & set(item[0].split("/")) and "_sysconfigdata" not in item[0]]
+    return code
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
+def _walk(folder: Path, without: Iterable[str] = ()) -> Iterator[tuple[str, Path]]:
     """The files of a folder that are read, by suffix; hidden ones and `__pycache__` are passed over, others ignored."""
 
     def stop(error: OSError) -> None:
         raise _unreadable(Path(error.filename), error) from error
 
     for place, folders, names in os.walk(folder, onerror=stop):
-        folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
-        for path in (Path(place, name) for name in names if not name.startswith(".")):
+        folders[:] = [name for name in folders if name[0] != "." and name not in {"__pycache__", *without}]
+        for path in (Path(place, name) for name in names if name[0] != "."):
             if _kind(path) in _TEXT | _ROWS and path.is_file():
                 yield path.relative_to(folder).as_posix(), path
 
@@ -185,7 +185,7 @@ def _json_lines(reader: io.TextIOWrapper, path: Path, name: str, column: str) ->
         yield Document(f"{name}:{number}", _cell(row, column, f"{path}:{number}"))
 
 
-def _streamed(name: str, column: str, where: str, limit: float, **what: Any) -> Iterator[Document]:
+def _streamed(file: str, column: str, where: str, limit: float, /, **what: Any) -> Iterator[Document]:
     """Rows of Parquet or of the hub, through `datasets`, until they hold `limit` characters."""
     import datasets
 
@@ -196,7 +196,7 @@ def _streamed(name: str, column: str, where: str, limit: float, **what: Any) -> 
         for number, row in enumerate(rows, 1):
             if limit <= 0:
                 return
-            yield Document(f"{name}:{number}", text := _cell(row, column, f"{where}: row {number}"))
+            yield Document(f"{file}:{number}", text := _cell(row, column, f"{where}: row {number}"))
             limit -= len(text)
     except InputError:
         raise

@@ -75,7 +75,7 @@ def guarded(job: Session) -> Iterator[None]:
     handles = []
     if job.config.method.release:
         named = [(name, p) for name, p in job.model.named_parameters() if p.requires_grad]
-        handles = [p.register_hook(check(name)) for name, p in named]  # type: ignore[arg-type]
+        handles = [p.register_hook(check(name)) for name, p in named]
     try:
         yield
     finally:

@@ -36,7 +36,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE (the GPT-2 kind) of at most `vocab_size` ids; any text can be encoded and comes back unchanged.
 
     The same texts in the same order give the same tokenizer, whatever the number of threads. Little text gives fewer ids.
-
     Raises `InputError` when `vocab_size` cannot hold the 256 bytes and the two special tokens.
 
     >>> bpe = train_bpe(["the cat and the hat"] * 9, 300)
@@ -63,8 +62,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def sample(documents: Iterable[sources.Document], limit: int = SAMPLE_BYTES) -> list[str]:
     """At most `limit` bytes of whole documents, in their order: those with the largest hash of their text.
 
-    So the choice is spread over the source, is the same every time, and leaves out the documents that are held out for
-    evaluation (those have the smallest hashes) unless the whole source is below the limit.
+    So the choice is spread over the source, is the same every time, and leaves out what is held out for evaluation (the
+    smallest hashes) unless the source is small.
     """
     heap: list[tuple[int, int, str]] = []  # the smallest hash on top
     held = 0
@@ -99,16 +98,15 @@ def trained_tokenizer(
 def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> "PreTrainedTokenizerFast":
     """Open a tokenizer: a folder with `tokenizer.json` (as `save_pretrained` writes it) or such a file.
 
-    The end-of-text token is the one that the folder's configuration names, else a well-known one of the vocabulary.
-    Where there is no padding token it stands in for it. With `vocab_size`, ids must stay below it.
+    The end-of-text token is the one that the folder's configuration names, else a well-known one of the vocabulary; it
+    stands in for a missing padding token. With `vocab_size`, ids must stay below it.
 
     Raises `InputError`: nothing there, not a tokenizer, no end-of-text token, more ids than `vocab_size`.
     """
     from transformers import PreTrainedTokenizerFast
 
     given = Path(path).expanduser()
-    file = given / "tokenizer.json" if given.is_dir() else given
-    if not file.is_file():
+    if not (file := given / "tokenizer.json" if given.is_dir() else given).is_file():
         what = f"tokenizer: {str(path)!r} has no tokenizer.json; allowed: a folder that holds one, or the file itself"
         raise InputError(f"{what}; AutoTokenizer.from_pretrained(...).save_pretrained(folder) writes it")
     try:
@@ -118,10 +116,8 @@ def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> "PreTrain
         else:
             tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     except Exception as error:  # the tokenizers library raises bare Exception
-        reason = " ".join(str(error).split())[:160]
-        raise InputError(
-            f"tokenizer: {str(file)!r} is not a tokenizer.json ({reason}); save the tokenizer again"
-        ) from error
+        what = f"tokenizer: {str(file)!r} is not a tokenizer.json ({' '.join(str(error).split())[:160]})"
+        raise InputError(f"{what}; save the tokenizer again") from error
     if tokenizer.eos_token_id is None:
         known = [token for token in _KNOWN_EOS if backend.token_to_id(token) is not None]
         if not known:
@@ -176,8 +172,8 @@ def write_tokens(
     """Tokenize documents into `folder`: `train.bin`, with `held_out` > 0 `eval.bin`, and `facts.json` about both.
 
     The files are bare little-endian ids (`dtype` in the facts: uint16 while the ids allow it, else uint32), every document
-    followed by the end-of-text token. Held out are the documents whose `text_hash` is below `held_out` of its range; where
-    that is none or all of them, the lowest is held out or the highest kept.
+    followed by the end-of-text token. Held out are the documents with the lowest `text_hash`, so many that they make up the
+    share `held_out` of the tokens: at least one, never all, and equal documents together.
 
     Raises `InputError` when there are no tokens, or no two different documents to divide.
     """
@@ -198,8 +194,9 @@ def write_tokens(
                 progress(f"tokenizing {name}: {size / 1e6:.1f} MB of text, {written / 1e6:.2f} M tokens")
     if real == 0:
         raise InputError(f"data: {name!r} gives no tokens; the tokenizer leaves nothing of its text")
-    held = _held_out(np.array(hashes), held_out, name)
-    eval_tokens = _divide(folder, dtype, held, np.array(ends, np.int64)) if held.any() else 0
+    stops = np.array(ends, np.int64)
+    held = _held_out(np.array(hashes), np.diff(stops, prepend=0), held_out, name)
+    eval_tokens = _divide(folder, dtype, held, stops) if held.any() else 0
     facts = {
         "train_documents": int((~held).sum()),
         "eval_documents": int(held.sum()),
@@ -222,13 +219,13 @@ def _groups(documents: Iterable[sources.Document]) -> Iterator[list[str]]:
         yield group
 
 
-def _held_out(hashes: np.ndarray, share: float, name: str) -> np.ndarray:
-    """Which documents are held out -> bool [documents]."""
+def _held_out(hashes: np.ndarray, lengths: np.ndarray, share: float, name: str) -> np.ndarray:
+    """Which documents are held out -> bool [documents]: those of the lowest hashes that make up `share` of the tokens."""
     if share == 0:
         return np.zeros(len(hashes), bool)
-    held = hashes < np.uint64(int(share * 2.0**64))
-    if not held.any():
-        held = hashes == hashes.min()
+    order = np.argsort(hashes, kind="stable")
+    enough = int(np.searchsorted(np.cumsum(lengths[order]), share * lengths.sum()))
+    held = hashes <= hashes[order[enough]]
     if held.all():
         held = hashes != hashes.max()
     if not held.any():

@@ -16,6 +16,7 @@ import torch
 
 from tare import __version__
 from tare.core.errors import InputError
+from tare.plan.budget import format_bytes, parse_bytes
 from tare.plan.measure import StepMeter
 from tare.plan.models import parameter_count
 from tare.train import checkpoint, progress, session
@@ -23,7 +24,7 @@ from tare.train.evaluate import evaluate
 from tare.train.metrics import Metrics
 from tare.train.run import RunFolder
 from tare.train.schedule import set_lr
-from tare.train.seeds import random_state
+from tare.train.seeds import arithmetic, random_state
 from tare.train.session import Session
 from tare.train.signals import StopSignals
 from tare.train.step import Outcome, finite, guarded, take_step
@@ -176,7 +177,7 @@ class Trainer:
             "config": config,
             "random": random_state(),
             "scheduler": {"step": now.step},
-            "device": str(self.job.device),
+            "arithmetic": arithmetic(self.job.device),
             **session.identity(self.job),
         }
         state = self.job.optimizer.state_dict()
@@ -193,10 +194,19 @@ class Trainer:
         now, model = self.now, self.job.model
         if peak >= now.measured.get("peak", 0):
             weights = checkpoint.nbytes(checkpoint.weights_of(model))
-            now.measured = {"weights": weights, "state": int(self.job.optimizer.state_bytes()), "peak": peak}
+            state = int(self.job.optimizer.state_bytes())
+            now.measured = {"weights": weights, "state": state, "rest": peak - weights - state, "peak": peak}
         if now.step == min(METERED, self.steps):
+            self._compare_with_budget()
             self.log.write("memory", now.step, measured=now.measured, predicted=self.job.predicted)
             self.tell(progress.Measured(now.step, now.measured, self.job.predicted))
+
+    def _compare_with_budget(self) -> None:
+        budget = self.config.run.budget
+        if budget is not None and self.now.measured["peak"] > parse_bytes(budget):
+            text = f"the measured peak, {format_bytes(self.now.measured['peak'])}, is above the budget of {budget}"
+            self.log.write("warning", self.now.step, text=text)
+            self.tell(progress.Warned(text))
 
     def _memory(self) -> int:
         """Highest bytes so far: the allocator's on CUDA, else what the measured steps needed."""

@@ -1,0 +1,118 @@
+"""loss and perplexity of a trained model, averaged over tokens
+
+RUN_OR_MODEL is the folder of a run or of a transformers model. Without --data a run is evaluated on the documents that
+were held out of its own training data.
+"""
+
+import argparse
+import time
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tare.cli import flags
+from tare.cli.output import console, emit, only_json
+from tare.core.errors import InputError
+from tare.train.config import DataConfig, RunConfig
+from tare.train.configfile import build, load
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments."""
+    parser.add_argument("target", metavar="RUN_OR_MODEL", nargs="?", help="a run's folder, or a transformers folder")
+    group = parser.add_argument_group("evaluation")
+    for name in ("--data", "--tokenizer", "--seq", "--batch", "--precision", "--device"):
+        flags.add_one(group, name)
+    group.add_argument("--tokens", metavar="N", help="evaluate at most this many tokens; all if left out")
+    flags.add_switches(parser)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is evaluated: the model's folder, and the settings of its run (defaults for a bare model)."""
+
+    model: Path
+    config: RunConfig
+    is_run: bool
+
+
+def find(given: str | None) -> Target:
+    """The model that an argument names. Raises `InputError` if it is neither a run with a model nor a model."""
+    if given is None:
+        raise InputError("RUN_OR_MODEL: missing; give the folder of a run or of a transformers model")
+    place = Path(given).expanduser()
+    if not place.is_dir():
+        kind = "is a file" if place.exists() else "no such folder"
+        raise InputError(f"{given}: {kind}; expected the folder of a run or of a transformers model")
+    if (place / "config.yaml").is_file():
+        if not (place / "model" / "config.json").is_file():
+            raise InputError(f"{given}: the run has no model yet; finish it: tare train --resume --out {given}")
+        return Target(place / "model", load(place / "config.yaml"), True)
+    if not (place / "config.json").is_file():
+        raise InputError(f"{given}: neither a run (no config.yaml) nor a transformers model (no config.json)")
+    return Target(place, RunConfig(), False)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    given = build(args.settings)
+    asked = {item.path for item in args.settings}
+    limit = _limit(args.tokens)
+    target = find(args.target)
+    if not target.is_run and "data.source" not in asked:
+        raise InputError("--data: missing; a model folder has no data of its own, e.g. --data stdlib or --data FILE")
+    with only_json(args.json):
+        from tare.plan.models import build_model, config_for
+        from tare.train.data import eval_batches, open_corpus
+        from tare.train.evaluate import evaluate
+        from tare.train.session import device_of
+
+        device = device_of(given.run.device)
+        precision = given.train.precision if "train.precision" in asked else target.config.train.precision
+        batch = given.train.batch if "train.batch" in asked else target.config.train.batch
+        shape = config_for(target.model)
+        positions = getattr(shape, "max_position_embeddings", None) or 1024
+        seq = (
+            given.data.seq if "data.seq" in asked else target.config.data.seq if target.is_run else min(positions, 1024)
+        )
+        if seq > positions:
+            raise InputError(f"--seq: {seq} is longer than the {positions} positions of the model")
+        data = target.config.data
+        held_out = target.is_run and ("data.source" not in asked or given.data.source == data.source)
+        if not held_out:  # all of the given data, none of it split off; no shortest length
+            source = given.data.source
+            data = DataConfig(source=source, eval_source=source, text_column=data.text_column)
+        began = time.monotonic()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that evaluation and training data are the same: nothing is trained here
+            tokenizer = given.model.tokenizer or str(target.model)
+            corpus = open_corpus(replace(data, seq=2), shape.vocab_size, tokenizer)
+        model = build_model(target.model, dtype="bf16" if precision == "bf16" else "fp32", device=device)
+        batches = (tokens for tokens, _ in eval_batches(corpus.eval, seq, batch, limit))
+        result = evaluate(model, batches, device, precision)
+    source = data.eval_source or data.source
+    name = f"{source} (held out)" if held_out and data.eval_source is None else source
+    document = {
+        "model": str(target.model),
+        "data": name,
+        "loss": result.loss,
+        "perplexity": result.perplexity,
+        "tokens": result.tokens,
+        "seq": seq,
+        "seconds": round(time.monotonic() - began, 3),
+    }
+    if args.json:
+        emit(document)
+    else:
+        console().print(
+            f"{target.model} on {name}: loss {result.loss:.4f}, perplexity {result.perplexity:.3f} "
+            f"over {result.tokens:,} tokens, {seq} a sequence",
+            soft_wrap=True,
+        )
+    return 0
+
+
+def _limit(text: str | None) -> int | None:
+    if text is not None and not (text.isdigit() and int(text) > 1):
+        raise InputError(f"--tokens: expected a whole number >= 2, got {text!r}")
+    return int(text) if text is not None else None

@@ -1,0 +1,65 @@
+"""predict the peak memory of training a model with each method, and say which one fits a budget
+
+Nothing of the model's size is allocated. Settings that are not given are those of tare train. Exit code 3: nothing fits.
+"""
+
+import argparse
+
+from tare.cli import flags
+from tare.cli.output import console, emit, method_list, only_json, resolve
+from tare.core.errors import InputError
+from tare.train.configfile import flag
+
+DONE, TOO_LARGE = 0, 3
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments."""
+    parser.add_argument(
+        "target", metavar="MODEL", nargs="?", help="a named size, e.g. llama-7b, or a transformers folder"
+    )
+    parser.add_argument("--methods", metavar="KEY,KEY,...", help="the methods to plan for; all if left out")
+    group = parser.add_argument_group("settings")
+    for name in ("--model", "--budget", "--batch", "--accumulate", "--seq", "--rank", "--precision"):
+        flags.add_one(group, name)
+    for name in ("--checkpointing", "--release", "--method"):
+        flags.add_one(group, name)
+    parser.add_argument(
+        "--config", metavar="FILE", help="take the settings of a run from a YAML file; flags win over it"
+    )
+    flags.add_switches(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    model = [flag("model.name", args.target, "MODEL")] if args.target is not None else []
+    config = resolve(args, model)
+    if not model and not args.config and not any(given.path == "model.name" for given in args.settings):
+        raise InputError("MODEL: missing; give a named size such as llama-7b, or a transformers folder")
+    methods = method_list(args.methods, "--methods")
+    if methods is None and config.method.key != "auto":
+        methods = method_list(config.method.key, "--method")
+    with only_json(args.json):
+        from tare.plan.api import plan
+        from tare.report.plans import show
+
+        method = config.method
+        given = {"lr": method.lr, "rank": method.rank, "weight_decay": method.weight_decay, **method.options}
+        result = plan(
+            config.model.name,
+            budget=config.run.budget,
+            batch=config.train.batch,
+            seq=config.data.seq,
+            methods=methods,
+            checkpointing=config.model.checkpointing,
+            release=method.release,
+            accumulate=config.train.accumulate,
+            precision=config.train.precision,
+            storage=method.storage or None,
+            hyper={name: value for name, value in given.items() if value is not None},
+        )
+    if args.json:
+        emit(result.to_json())
+    else:
+        console().print(show(result))
+    return TOO_LARGE if result.budget is not None and not any(row.fits for row in result.rows) else DONE

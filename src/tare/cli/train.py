@@ -1,0 +1,46 @@
+"""train a language model within a memory budget
+
+Pretrains a named size, or goes on training a transformers folder. Ctrl-C saves and stops; --resume goes on, bit for bit.
+"""
+
+import argparse
+from dataclasses import asdict
+
+from tare.cli import flags
+from tare.cli.output import console, emit, known_method, only_json, resolve
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments."""
+    flags.add(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    config = resolve(args)
+    from tare.cli.watch import watching
+    from tare.report.compare import check_method, row_of, write_report
+    from tare.report.rows import memory_table, table
+    from tare.train.loop import train
+
+    if config.method.key != "auto":
+        known_method(config.method.key, "--method")
+    with only_json(args.json):
+        check_method(config)
+        with watching(config) as watch:
+            result = train(config, on_event=watch)
+    if result.interrupted:
+        raise KeyboardInterrupt(
+            f"interrupted at step {result.steps}, saved; go on with: tare train --resume --out {result.out}"
+        )
+    row = row_of(result)
+    report = write_report(row, result.config)
+    if args.json:
+        emit({**row.to_json(), "model": str(result.out / "model"), "config": asdict(result.config)})
+        return 0
+    out = console()
+    out.print(table([row]))
+    out.print(memory_table(row))
+    out.print(f"model:  {result.out / 'model'}", soft_wrap=True)
+    out.print(f"report: {report}", soft_wrap=True)
+    return 0

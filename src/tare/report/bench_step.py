@@ -1,0 +1,454 @@
+"""`tare bench step`: the optimizer step alone on a model's exact shapes, as ratios to torch's fused AdamW in the same process.
+
+The result is one JSON document with every round in it; tables in the docs are made from it by `markdown`, never by hand.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tare.core.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tare.report.bench_rows import Ranks, Spec
+
+FORMAT = 1
+ADAMW_BYTES = 28  # an fp32 AdamW step reads W, G, M, V and writes W, M, V: 7 x 4 bytes for each parameter
+MIB = 2**20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `tare bench step`, but for `--json`, which every command has."""
+    parser.add_argument(
+        "--shapes", metavar="NAME", default="llama-60m", help="named model whose shapes are stepped [llama-60m]"
+    )
+    parser.add_argument("--methods", metavar="A,B", help="rows to run, e.g. galore,adamw-8bit; all if left out")
+    parser.add_argument("--rounds", metavar="N", type=int, default=9, help="interleaved rounds [9]")
+    parser.add_argument("--threads", metavar="N", type=int, default=2, help="CPU threads [2]")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of weights and gradients [0]")
+    parser.add_argument(
+        "--peers",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also run other packages that are installed",
+    )
+    parser.add_argument(
+        "--refresh",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also time refreshes and a staggered period",
+    )
+    parser.add_argument("--out", metavar="FILE", help="write the result here, as JSON")
+
+
+def run(argv: list[str]) -> int:
+    """`tare bench step ARGV`."""
+    parser = argparse.ArgumentParser("tare bench step", description=(__doc__ or "").partition("\n")[0])
+    add_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout and nothing else there")
+    return run_parsed(parser.parse_args(argv))
+
+
+def run_parsed(args: argparse.Namespace) -> int:
+    """The same, from parsed arguments."""
+    names = [name.strip() for name in args.methods.split(",") if name.strip()] if args.methods else None
+    result = bench_step(
+        args.shapes, names, rounds=args.rounds, threads=args.threads, seed=args.seed, peers=args.peers,
+        refresh=args.refresh, note=lambda text: print(text, file=sys.stderr, flush=True),
+    )  # fmt: skip
+    if args.out:
+        result["command"] += f" --out {shlex.quote(_shown(args.out))}"
+        target = Path(args.out)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result) if args.json else text(result))
+    return 0
+
+
+def bench_step(
+    shapes: str = "llama-60m",
+    methods: list[str] | None = None,
+    *,
+    rounds: int = 9,
+    threads: int = 2,
+    seed: int = 0,
+    peers: bool = True,
+    refresh: bool = True,
+    period: int = 200,
+    refresh_rounds: int = 5,
+    note: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Runs the benchmark.
+
+    Args:
+        shapes: a named model; embedding, head and norms included, fp32 weights and gradients.
+        methods: keys of rows; None for all. The bar always runs.
+        rounds: interleaved rounds. threads: of torch, for the time of this call. seed: of weights and gradients.
+        peers: whether other packages are run where installed; absent ones are listed as such.
+        refresh: whether refreshes and a staggered period are timed. period: updates between refreshes.
+        note: told what happens next.
+
+    Returns:
+        The result as plain values: see `bench/README.md`.
+
+    Raises:
+        InputError: unknown shapes or rows, or a count below its least.
+    """
+    import torch
+
+    from tare.report import bench_rows, bench_timing
+
+    for name, value, least in (("--rounds", rounds, 2), ("--threads", threads, 1), ("--seed", seed, 0)):
+        if value < least:
+            raise InputError(f"{name}: expected a whole number >= {least}, got {value}")
+    wanted, absent = _choose(methods, peers)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        load = os.getloadavg()[0]
+        model, about, ranks = _model(shapes, seed)
+        bar = _ready(bench_rows.ROWS[0], model, ranks)
+        bench_timing.warm_up(bar)
+        others = []
+        for spec in wanted:
+            note(f"warming up {_label(spec, ranks)}")
+            try:
+                contender = _ready(spec, model, ranks)
+                bench_timing.warm_up(contender)
+                others.append(contender)
+            except Exception as fault:
+                if spec.kind != "peer":
+                    raise
+                absent.append({"key": spec.key, "package": spec.package, "reason": _line(fault)})
+        timed = bench_timing.rounds(bar, others, rounds, note)
+        rows = []
+        for contender, times in zip([bar, *others], timed, strict=True):
+            spec = contender.spec
+            kept = bench_rows.state_bytes(contender.optimizer)
+            extra = bench_timing.temporaries(model, contender)
+            rows.append(
+                {
+                    "key": spec.key, "label": _label(spec, ranks), "kind": spec.kind, "state_bytes": kept,
+                    "temporary_bytes": extra, "first_ms": contender.first_ms, **times,
+                }
+            )  # fmt: skip
+        result = {**_about(shapes, methods, rounds, threads, seed, peers, refresh, load), "shapes": about, "rows": rows}
+        result["bandwidth"] = _bandwidth(rows[0]["ms_median"], about["parameters"])
+        result["absent"] = absent
+        others.clear()
+        result["refreshes"], result["staggered"] = [], []
+        if refresh:
+            keys = {spec.key for spec in wanted}
+            _refreshes(result, keys, bar, model, ranks, period, refresh_rounds, note)
+        result["load_after"] = os.getloadavg()[0]
+        return result
+    finally:
+        torch.set_num_threads(before)
+
+
+def _refreshes(
+    result: dict[str, Any], keys: set[str], bar: Any, model: "nn.Module", ranks: "Ranks", period: int, count: int,
+    note: Callable[[str], None],
+) -> None:  # fmt: skip
+    from tare.report import bench_rows, bench_timing
+
+    for spec in (spec for spec in bench_rows.REFRESHES if spec.key in keys):
+        note(f"refresh: {_label(spec, ranks)}")
+        contender = _ready(spec, model, ranks)
+        bench_timing.warm_up(contender)
+        found = bench_timing.refresh(bar, contender, period, count)
+        result["refreshes"].append({"key": spec.key, "label": _label(spec, ranks), "period": period, **found})
+    for spec in (spec for spec in bench_rows.STAGGERED if spec.key in keys):
+        note(f"{period} steps: {_label(spec, ranks)}")
+        contender = _ready(spec, model, ranks)
+        bench_timing.warm_up(contender)
+        found = bench_timing.staggered(bar, contender, period)
+        result["staggered"].append({"key": spec.key, "label": _label(spec, ranks), "period": period, **found})
+
+
+def _choose(methods: list[str] | None, peers: bool) -> tuple[list["Spec"], list[dict[str, str]]]:
+    """The rows to run, the bar apart, and the peers that are not there."""
+    from tare.report.bench_rows import BAR, ROWS, installed
+
+    keys = [spec.key for spec in ROWS]
+    for name in methods or []:
+        if name not in keys:
+            raise InputError(f"--methods: unknown row {name!r}{nearest(name, keys)}; rows: {', '.join(keys)}")
+    wanted, absent = [], []
+    for spec in ROWS:
+        if spec.key == BAR or (methods is not None and spec.key not in methods):
+            continue
+        if spec.kind == "peer":
+            if not peers:
+                continue
+            if installed(spec.package) is None:
+                absent.append({"key": spec.key, "package": spec.package, "reason": "not installed"})
+                continue
+        wanted.append(spec)
+    return wanted, absent
+
+
+def _model(shapes: str, seed: int) -> tuple["nn.Module", dict[str, Any], "Ranks"]:
+    """The model with fixed gradients; its sizes; the ranks that go with it."""
+    import torch
+
+    from tare.plan.models import MODELS, build_model, named
+    from tare.report.bench_rows import Ranks
+
+    key = named(shapes)
+    if key is None:
+        raise InputError(
+            f"--shapes: unknown model {shapes!r}{nearest(shapes, list(MODELS))}; models: {', '.join(MODELS)}"
+        )
+    model = build_model(key, dtype="fp32", seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator).mul_(1e-3)
+    hidden = MODELS[key].hidden
+    sizes = {name: p.numel() for name, p in model.named_parameters() if p.ndim == 2}
+    inner = [size for name, size in sizes.items() if "embed" not in name and "lm_head" not in name]
+    about = {
+        "name": key,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "projected_matrices": len(inner),
+        "largest_linear_bytes": 4 * max(inner),
+        "largest_matrix_bytes": 4 * max(sizes.values()),
+        "dtype": "fp32",
+    }
+    return model, about, Ranks(hidden // 4, hidden // 2)
+
+
+def _ready(spec: "Spec", model: "nn.Module", ranks: "Ranks") -> Any:
+    from tare.report.bench_rows import Contender
+
+    return Contender(spec, spec.build(model, ranks))
+
+
+def _label(spec: "Spec", ranks: "Ranks") -> str:
+    return spec.label.format(quarter=ranks.quarter, half=ranks.half)
+
+
+def _bandwidth(bar_ms: float, parameters: int) -> dict[str, float]:
+    from tare.report.bench_timing import bandwidth
+
+    found = bandwidth()
+    moved = ADAMW_BYTES * parameters / bar_ms / 1e6
+    return {
+        "copy_gb_s": found["copy"],
+        "in_place_gb_s": found["in_place"],
+        "bar_gb_s": moved,
+        "bar_share_of_copy": moved / found["copy"],
+        "bar_share_of_in_place": moved / found["in_place"],
+    }
+
+
+# -- what a result says about itself ---------------------------------------------------------------------------------
+
+
+def _about(
+    shapes: str,
+    methods: list[str] | None,
+    rounds: int,
+    threads: int,
+    seed: int,
+    peers: bool,
+    refresh: bool,
+    load: float,
+) -> dict[str, Any]:
+    from tare.kernels import gemm, native
+    from tare.report.bench_rows import ROWS
+
+    command = f"tare bench step --shapes {shlex.quote(shapes)}"
+    command += f" --methods {','.join(methods)}" if methods else ""
+    command += f" --rounds {rounds} --threads {threads} --seed {seed}"
+    command += ("" if peers else " --no-peers") + ("" if refresh else " --no-refresh")
+    commit, changed = _commit()
+    packages = ["tare", "torch", *sorted({spec.package for spec in ROWS if spec.package})]
+    return {
+        "kind": "bench-step", "format": FORMAT, "command": command, "seed": seed, "commit": commit,
+        "uncommitted_changes": changed, "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "device": _device(), "threads": threads, "rounds": rounds, "load_before": load,
+        "versions": {name: _version(name) for name in packages}, "python": platform.python_version(),
+        "matrix_library": gemm.describe(), "native": native.reason(),
+    }  # fmt: skip
+
+
+def _device() -> dict[str, Any]:
+    """The processor, as far as it concerns speed; nothing that names the machine."""
+    fields: dict[str, str] = {}
+    try:
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            fields.setdefault(name.strip(), value.strip())
+    except OSError:
+        pass
+    flags = set(fields.get("flags", "").split())
+    kept = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
+    model = f"family {fields.get('cpu family', '?')} model {fields.get('model', '?')}"
+    return {
+        "processor": fields.get("model name") or platform.processor() or platform.machine(),
+        "model": model, "cores": os.cpu_count(), "cache": fields.get("cache size", ""), "instructions": kept,
+        "system": f"{platform.system()} {platform.machine()}",
+    }  # fmt: skip
+
+
+def _commit() -> tuple[str | None, bool | None]:
+    """The commit of the source tree this file lies in, and whether files under `src` differ from it."""
+    root = Path(__file__).parents[3]
+    if not (root / ".git").exists():
+        return None, None
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=20, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", "src"))
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+
+
+def _version(package: str) -> str | None:
+    if package == "torch":
+        import torch
+
+        return str(torch.__version__)
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _shown(path: str) -> str:
+    """A path as it may stand in a result: relative to the current folder, or its last part."""
+    try:
+        return str(Path(path).resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return Path(path).name
+
+
+def _line(fault: BaseException) -> str:
+    return (str(fault).strip().splitlines() or [type(fault).__name__])[0][:200]
+
+
+# -- tables ----------------------------------------------------------------------------------------------------------
+
+Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """Header and cells of the tables of one result: steps, refreshes, staggered periods."""
+    count = result["shapes"]["parameters"]
+    steps = [
+        (
+            row["label"], f"{row['ratio']['median']:.2f}", f"{row['ratio']['q1']:.2f}-{row['ratio']['q3']:.2f}",
+            f"{row['ms_median']:.1f}", f"{row['state_bytes'] / 1e6:.1f}", f"{row['state_bytes'] / count:.2f}",
+            f"{row['temporary_bytes'] / MIB:.1f}",
+        )
+        for row in result["rows"]
+    ]  # fmt: skip
+    found: list[Table] = [(("step", "x fused AdamW", "25-75 %", "ms", "state MB", "B/param", "temporaries MiB"), steps)]
+    if result["refreshes"]:
+        cells = [
+            (
+                row["label"], f"{_middle(row['refresh_ms']):.0f}", f"{_middle(row['plain_ms']):.0f}",
+                f"{row['spike']['median']:.1f}", f"{row['amortised_ratio']['median']:+.3f}",
+                f"{row['amortised_ratio']['q1']:.3f}-{row['amortised_ratio']['q3']:.3f}",
+            )
+            for row in result["refreshes"]
+        ]  # fmt: skip
+        found.append(
+            (
+                (
+                    "refresh of all matrices in one step",
+                    "ms",
+                    "ordinary ms",
+                    "x ordinary",
+                    "amortised x fused",
+                    "25-75 %",
+                ),
+                cells,
+            )
+        )
+    if result["staggered"]:
+        cells = [
+            (
+                row["label"], f"{row['median_ms']:.1f}", f"{row['mean_ms']:.1f}", f"{row['worst_ms']:.1f}",
+                f"{row['worst_over_median']:.2f}", str(row["steps_over_twice_median"]),
+                f"{row['bar']['worst_over_median']:.2f}",
+            )
+            for row in result["staggered"]
+        ]  # fmt: skip
+        header = (
+            "a whole period",
+            "median ms",
+            "mean",
+            "worst",
+            "worst / median",
+            "steps > 2 x median",
+            "the bar's worst / median",
+        )
+        found.append((header, cells))
+    return found
+
+
+def _middle(values: list[float]) -> float:
+    import statistics
+
+    return statistics.median(values)
+
+
+def notes(result: dict[str, Any]) -> list[str]:
+    """What has to be said beside the numbers."""
+    band, shapes, device = result["bandwidth"], result["shapes"], result["device"]
+    commit = (result["commit"] or "unknown")[:12] + (
+        " with uncommitted changes" if result["uncommitted_changes"] else ""
+    )
+    lines = [
+        f"{shapes['name']}: {shapes['parameters']:,} parameters, {shapes['projected_matrices']} projected matrices, fp32; "
+        f"largest linear {shapes['largest_linear_bytes'] / MIB:.2f} MiB, largest matrix {shapes['largest_matrix_bytes'] / MIB:.2f} MiB",
+        f"{result['threads']} threads of {device['processor']} ({', '.join(device['instructions'])}); torch {result['versions']['torch']}; "
+        f"{result['rounds']} interleaved rounds",
+        f"{result['matrix_library']}; {result['native']}",
+        f"fused AdamW moves {band['bar_gb_s']:.0f} GB/s ({ADAMW_BYTES} B a parameter); a copy reaches {band['copy_gb_s']:.0f}, "
+        f"an update in place {band['in_place_gb_s']:.0f} GB/s; load average {result['load_before']:.2f} before, {result['load_after']:.2f} after",
+        f"{result['command']} (commit {commit}, {result['date'][:10]})",
+    ]
+    if result["absent"]:
+        lines.append("not run: " + ", ".join(f"{row['key']} ({row['reason']})" for row in result["absent"]))
+    return lines
+
+
+def text(result: dict[str, Any]) -> str:
+    """The result for a terminal."""
+    parts = []
+    for header, rows in tables(result):
+        widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+        lines = [
+            "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+            for row in (header, *rows)
+        ]
+        parts.append("\n".join([lines[0], "-" * len(lines[0]), *lines[1:]]))
+    return "\n\n".join([*parts, "\n".join(notes(result))])
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The result as Markdown tables, for the docs."""
+    parts = []
+    for header, rows in tables(result):
+        rule = "|---" + "|---:" * (len(header) - 1) + "|"
+        parts.append(
+            "\n".join(["| " + " | ".join(header) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows)])
+        )
+    return "\n\n".join([*parts, "\n".join(f"- {line}" for line in notes(result))]) + "\n"

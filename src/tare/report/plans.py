@@ -1,0 +1,67 @@
+"""A plan as a table for the terminal: one unit for all sizes, the event of the peak, what fits."""
+
+from typing import TYPE_CHECKING
+
+from tare.plan.budget import format_bytes
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+    from tare.plan.api import Plan
+
+PARTS = ("weights", "gradients", "state", "activations", "temporaries", "peak")
+
+
+def show(plan: "Plan") -> "RenderableType":
+    """The table with its heading, what stands against single methods, and the advice if nothing fits."""
+    from rich.console import Group
+    from rich.text import Text
+
+    unit, size = _unit(max((row.peak for row in plan.rows), default=0))
+    lines: list[RenderableType] = [Text(heading(plan), style="bold"), table(plan, unit, size)]
+    lines += [Text(f"{row.method}: {row.note}") for row in plan.rows if row.note]
+    lines.append(
+        Text(f"{unit} of tensors at the moment of the peak; state is exact. A device's own needs come on top.")
+    )
+    if plan.advice is not None:
+        assert plan.budget is not None
+        lines.append(Text(f"Nothing fits {format_bytes(plan.budget)}; {plan.advice.text}.", style="bold"))
+    return Group(*lines)
+
+
+def heading(plan: "Plan") -> str:
+    """The settings in one line."""
+    s = plan.settings
+    words = [s.name, f"batch {s.batch}", f"seq {s.seq}", s.precision]
+    words += [f"accumulate {s.accumulate}"] if s.accumulate > 1 else []
+    words += ["checkpointing"] if s.checkpointing else []
+    words += ["release"] if s.release else []
+    words += [f"budget {format_bytes(plan.budget)}"] if plan.budget is not None else []
+    return ", ".join(words)
+
+
+def table(plan: "Plan", unit: str, size: int) -> "Table":
+    """One line per method."""
+    from rich import box
+    from rich.table import Table
+
+    found = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    found.add_column(unit, no_wrap=True)
+    for name in PARTS:
+        found.add_column(name, justify="right", no_wrap=True, style="bold" if name == "peak" else None)
+    found.add_column("at", no_wrap=True)
+    if plan.budget is not None:
+        found.add_column("fits", no_wrap=True)
+    for row in plan.rows:
+        sizes = (
+            f"{getattr(row, name) / size:,.2f}" if size > 2**20 else f"{getattr(row, name) / size:,.1f}"
+            for name in PARTS
+        )
+        fits = [] if plan.budget is None else ["[green]yes[/]" if row.fits else "[red]no[/]"]
+        found.add_row(row.method, *sizes, row.event, *fits)
+    return found
+
+
+def _unit(largest: int) -> tuple[str, int]:
+    return ("GiB", 2**30) if largest >= 10 * 2**30 else ("MiB", 2**20)

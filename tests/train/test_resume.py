@@ -1,0 +1,265 @@
+"""A run killed anywhere and resumed ends with the same bits as one that was left alone. Real processes, real SIGKILL."""
+
+import json
+import random
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from train_runs import config, fingerprint, finish, kill_after, send, start, wait_for
+
+from tare.core.errors import CheckpointError
+from tare.train import metrics
+from tare.train.loop import train
+
+STAGES = [
+    "before_write:weights.safetensors",
+    "after_write:weights.safetensors",
+    "after_fsync:weights.safetensors",
+    "after_write:optimizer.safetensors",
+    "after_write:optimizer.json",
+    "before_write:trainer.json",
+    "after_fsync:trainer.json",
+    "after_write:manifest",
+    "before_rename",
+    "after_rename",
+    "after_commit",
+    "during_delete",
+    "before_model",
+]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[tuple[int, float]]]:
+    """The uninterrupted run: its bits, and its losses by step."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train(config(out))
+    return fingerprint(out), losses(out)
+
+
+def losses(out: Path) -> list[tuple[int, float]]:
+    return [
+        (line["step"], line["loss"])
+        for line in metrics.read(out / "metrics.jsonl")
+        if line["event"] in ("step", "eval")
+    ]
+
+
+@pytest.mark.parametrize("stage", [f"{stage}@{number}" for stage in STAGES for number in (1, 2)])
+def test_a_kill_at_any_stage_of_saving_loses_nothing(stage: str, tmp_path: Path, whole: tuple[str, list]) -> None:
+    out = tmp_path / "run"
+    job = config(out, keep=2)
+    if stage in ("before_model@2",):
+        pytest.skip("the model is written once")
+    assert finish(job, fail_at=stage) == -signal.SIGKILL
+    assert finish(config(out, resume=True)) == 0
+    assert (fingerprint(out), losses(out)) == whole
+    assert not [path for path in out.rglob("*") if ".tmp-" in path.name or path.name == "run.lock"]
+
+
+def test_a_replaced_model_folder_is_old_or_new_after_a_kill(tmp_path: Path, whole: tuple[str, list]) -> None:
+    out = tmp_path / "run"
+    train(config(out))
+    assert finish(config(out, resume=True), fail_at="between_models") == -signal.SIGKILL
+    assert finish(config(out, resume=True)) == 0
+    assert fingerprint(out) == whole[0]
+    assert not (out / "model.old").exists()
+
+
+def killed_at_random(out: Path, seed: int, kills: int) -> int:
+    """Kill the run at random moments, resuming in between; how many kills met a living process."""
+    chance, met = random.Random(seed), 0
+    for _ in range(kills):
+        met += kill_after(start(config(out, resume=out.exists()), slow=0.02), chance.uniform(0.05, 1.2))
+    assert finish(config(out, resume=out.exists())) == 0
+    return met
+
+
+def test_kills_at_random_moments_do_not_change_a_bit(tmp_path: Path, whole: tuple[str, list]) -> None:
+    assert killed_at_random(tmp_path / "run", seed=1, kills=4) > 0
+    assert (fingerprint(tmp_path / "run"), losses(tmp_path / "run")) == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_many_kills_at_random_moments_do_not_change_a_bit(seed: int, tmp_path: Path, whole: tuple[str, list]) -> None:
+    killed_at_random(tmp_path / "run", seed=100 + seed, kills=5)
+    assert (fingerprint(tmp_path / "run"), losses(tmp_path / "run")) == whole
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_run_can_go_on(number: int, tmp_path: Path, whole: tuple[str, list]) -> None:
+    out = tmp_path / "run"
+    process = start(config(out, checkpoint_every=1000), slow=0.1)
+    wait_for(out / "metrics.jsonl")
+    send(process, number, after=0.3)
+    process.join(60)
+    assert process.exitcode == 75  # Result.interrupted
+    saved = [path.name for path in (out / "checkpoints").iterdir()]
+    assert len(saved) == 1
+    assert not (out / "model").exists()
+    assert finish(config(out, resume=True)) == 0
+    assert (fingerprint(out), losses(out)) == whole
+
+
+def test_a_second_signal_ends_at_once_and_leaves_the_old_checkpoint(tmp_path: Path, whole: tuple[str, list]) -> None:
+    out = tmp_path / "run"
+    process = start(config(out), slow=0.5)
+    wait_for(out / "checkpoints" / "step-3")
+    send(process, signal.SIGTERM)
+    send(process, signal.SIGTERM, after=0.05)
+    process.join(5)
+    assert process.exitcode == 128 + signal.SIGTERM
+    assert finish(config(out, resume=True)) == 0
+    assert (fingerprint(out), losses(out)) == whole
+
+
+def test_killed_before_the_first_checkpoint_starts_over(tmp_path: Path, whole: tuple[str, list]) -> None:
+    out = tmp_path / "run"
+    assert finish(config(out), fail_at="before_write:weights.safetensors") == -signal.SIGKILL
+    assert not list((out / "checkpoints").glob("step-?"))
+    result = train(config(out, resume=True))
+    assert result.steps == 10
+    assert (fingerprint(out), losses(out)) == whole
+
+
+def test_killed_before_anything_was_written_starts_over(tmp_path: Path, whole: tuple[str, list]) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "run.lock").write_text("999999\n")  # all that a run killed while it was being built leaves
+    train(config(out, resume=True))
+    assert (fingerprint(out), losses(out)) == whole
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("galore", {"options": {"period": 4}, "rank": 8}),
+        ("galore-8bit", {"options": {"period": 4}, "rank": 8}),
+        ("fira", {"options": {"period": 4}, "rank": 8}),
+        ("galore-adafactor", {"options": {"period": 4}, "rank": 8}),
+        ("apollo", {"options": {"period": 4}, "rank": 8}),
+        ("apollo-mini", {"options": {"period": 4}}),
+        ("lion", {}),
+        ("adamw-8bit", {}),
+        ("adamw", {"accumulate": 3, "checkpointing": True}),
+        ("adamw", {"precision": "bf16"}),
+        ("apollo-mini", {"precision": "bf16-autocast"}),
+        ("galore", {"release": True, "clip": None, "accumulate": 2, "options": {"period": 4}, "rank": 8}),
+        ("adamw", {"threads": 2}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)) or "plain",
+)
+def test_resume_is_exact_around_refreshes_and_the_end_of_an_epoch(method: str, changes: dict, tmp_path: Path) -> None:
+    # Refreshes at steps 1, 5, 9. Interrupted after 3, 4, 5, 8 and 10 of 10 steps: before, at, after a refresh, at the end.
+    train(config(tmp_path / "whole", method, **changes))
+    out = tmp_path / "run"
+    for step in (3, 4, 5, 8, 10):
+        stop_after(step, config(out, method, resume=step > 3, checkpoint_every=1000, **changes))
+    train(config(out, method, resume=True, **changes))
+    assert fingerprint(out) == fingerprint(tmp_path / "whole")
+    assert losses(out) == losses(tmp_path / "whole")
+
+
+def stop_after(step: int, job) -> None:
+    """Run until so many steps are done, then ask it to stop as a signal does."""
+    import os
+
+    from tare.train.progress import Event, StepDone
+
+    def listen(event: Event) -> None:
+        if isinstance(event, StepDone) and event.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert train(job, on_event=listen).interrupted == (step < job.train.steps)
+
+
+def test_a_corpus_of_one_epoch_and_a_half_resumes_exactly(tmp_path: Path) -> None:
+    text = tmp_path / "small.txt"
+    text.write_text(
+        "the cat sat on the mat and the dog sat on the log. " * 60 + "\n\nanother one: " + "rain falls. " * 40
+    )
+    data = {"source": str(text), "eval_source": str(text), "seq": 16}
+    with pytest.warns(UserWarning, match="evaluation reads"):
+        train(config(tmp_path / "whole", **data, steps=30))
+        stop_after(17, config(tmp_path / "run", **data, steps=30))
+        train(config(tmp_path / "run", **data, steps=30, resume=True))
+    assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "whole")
+
+
+def test_dropout_goes_on_where_it_was(tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 300,
+    }
+    LlamaConfig(**shape, attention_dropout=0.3).save_pretrained(tmp_path / "model")
+    job = {"name": str(tmp_path / "model"), "eval_every": 2}
+    train(config(tmp_path / "whole", **job))
+    stop_after(5, config(tmp_path / "run", **job))
+    train(config(tmp_path / "run", **job, resume=True))
+    assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "whole")
+
+
+def test_a_damaged_newest_checkpoint_falls_back_and_says_so(tmp_path: Path, whole: tuple[str, list]) -> None:
+    out = tmp_path / "run"
+    stop_after(7, config(out))
+    newest = out / "checkpoints" / "step-7" / "weights.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    told: list[str] = []
+    train(config(out, resume=True), on_event=lambda event: told.append(str(event)))
+    assert fingerprint(out) == whole[0]
+    assert any("step-7/weights.safetensors: damaged" in text for text in told)
+    warned = [line["text"] for line in metrics.read(out / "metrics.jsonl") if line["event"] == "warning"]
+    assert any("step-7/weights.safetensors" in text for text in warned)
+
+
+def test_when_every_checkpoint_is_damaged_it_stops_and_says_which_file(tmp_path: Path) -> None:
+    stop_after(7, config(tmp_path / "run"))
+    for path in (tmp_path / "run" / "checkpoints").glob("step-*/optimizer.json"):
+        path.write_text("{}")
+    with pytest.raises(CheckpointError, match=r"step-7/optimizer\.json: damaged.*no intact checkpoint is left"):
+        train(config(tmp_path / "run", resume=True))
+
+
+def test_a_disk_that_fills_up_stops_the_run_with_the_old_checkpoint_intact(
+    tmp_path: Path, whole: tuple[str, list]
+) -> None:
+    out = tmp_path / "run"
+    stop_after(3, config(out))
+    before = sorted(path.name for path in (out / "checkpoints" / "step-3").iterdir())
+    assert finish(config(out, resume=True), limit=1 << 20) == 1  # CheckpointError: no space left
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-3"]
+    assert sorted(path.name for path in (out / "checkpoints" / "step-3").iterdir()) == before
+    assert finish(config(out, resume=True)) == 0
+    assert (fingerprint(out), losses(out)) == whole
+
+
+def test_metrics_hold_every_step_once_after_kills(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert finish(config(out), fail_at="before_rename@3") == -signal.SIGKILL
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"event": "step", "step": 9, "lo')  # torn by the kill
+    train(config(out, resume=True))
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["event"] == "step"] == list(range(1, 11))
+    assert [line["step"] for line in lines if line["event"] == "eval"] == [4, 8, 10]
+
+
+def test_a_finished_run_may_be_resumed_and_extended(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    first = train(config(out, schedule="constant"))
+    again = train(config(out, schedule="constant", resume=True))
+    assert (again.loss, again.steps) == (first.loss, 10)
+    shutil.rmtree(out / "model")
+    more = train(config(out, schedule="constant", resume=True, steps=12))
+    assert more.steps == 12
+    assert (out / "model" / "config.json").exists()
+    assert any("train.steps was 10 and is now 12" in line.get("text", "") for line in more.history)

@@ -1,0 +1,114 @@
+"""What the tests of runs share: a small corpus, small configurations, and real processes that run them and can be killed."""
+
+import functools
+import hashlib
+import multiprocessing
+import os
+import resource
+import signal
+import sysconfig
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from tare.train import loop
+from tare.train.config import DataConfig, MethodConfig, ModelConfig, RunConfig, RunSection, TrainConfig
+
+# Children are forked from a server that has imported everything once, so that a killed run costs no second import.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tare.train.loop", "transformers.models.llama.modeling_llama", "tare.methods.galore"])
+
+
+@functools.cache
+def corpus() -> str:
+    """A file of real text (four modules of the standard library), in the cache folder of the tests."""
+    path = Path(os.environ["TARE_CACHE"]) / "text" / "corpus.jsonl"
+    if not path.exists():
+        import json
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        base = Path(sysconfig.get_path("stdlib"))
+        texts = [(base / name).read_text("utf-8") for name in ("argparse.py", "typing.py", "inspect.py", "tarfile.py")]
+        pieces = [text[at : at + 1500] for text in texts for at in range(0, len(text), 1500)]
+        path.write_text("".join(json.dumps({"text": piece}) + "\n" for piece in pieces), "utf-8")
+    return str(path)
+
+
+def config(out: Path, method: str = "adamw", **changes: Any) -> RunConfig:
+    """A run of a second: llama-tiny, short sequences. `changes`: `steps=3`, `keep=2`, ... whatever section they are in."""
+    base = RunConfig(
+        ModelConfig("llama-tiny"),
+        DataConfig(corpus(), seq=32, eval_tokens=512, eval_fraction=0.1),
+        MethodConfig(method),
+        TrainConfig(steps=10, batch=2),
+        RunSection(str(out), device="cpu", threads=1, checkpoint_every=3, eval_every=4),
+    )
+    for name, value in changes.items():
+        owner = next(part for part in ("data", "train", "run", "method", "model") if hasattr(getattr(base, part), name))
+        base = replace(base, **{owner: replace(getattr(base, owner), **{name: value})})
+    return base
+
+
+def child(job: RunConfig, env: dict[str, str], limit: int | None, slow: float) -> None:
+    """Runs in a process of its own. limit: largest file it may write; slow: seconds added to every step."""
+    os.environ.update(env)
+    if limit is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    result = loop.train(job, on_event=(lambda event: time.sleep(slow)) if slow else lambda event: None)
+    raise SystemExit(75 if result.interrupted else 0)
+
+
+def start(job: RunConfig, fail_at: str = "", limit: int | None = None, slow: float = 0.0) -> Any:
+    """Start a run in a process of its own."""
+    process = CONTEXT.Process(target=child, args=(job, {"TARE_FAIL_AT": fail_at}, limit, slow))
+    process.start()
+    return process
+
+
+def finish(job: RunConfig, **how: Any) -> int:
+    """Run to the end in a process of its own; its exit code, negative if killed."""
+    process = start(job, **how)
+    process.join(120)
+    assert process.exitcode is not None, "the run hangs"
+    return int(process.exitcode)
+
+
+def kill_after(process: Any, seconds: float) -> bool:
+    """SIGKILL after a while; whether it was still running."""
+    process.join(seconds)
+    alive = process.exitcode is None
+    process.kill()
+    process.join(60)
+    return alive
+
+
+def fingerprint(out: Path) -> str:
+    """A hash of the final weights, bit for bit, and of the last checkpoint's optimizer state."""
+    digest = hashlib.sha256()
+    last = max((out / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
+    for file in (out / "model" / "model.safetensors", last / "weights.safetensors", last / "optimizer.safetensors"):
+        for name, tensor in sorted(load_file(file).items()):
+            digest.update(
+                name.encode() + tensor.contiguous().view(-1).view(dtype=__import__("torch").uint8).numpy().tobytes()
+            )
+    return digest.hexdigest()
+
+
+def wait_for(path: Path, seconds: float = 60.0) -> None:
+    """Until something is there."""
+    until = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < until, f"{path} never came"
+        time.sleep(0.01)
+
+
+def send(process: Any, number: int, after: float = 0.0) -> None:
+    """A signal to a child, now or in a while."""
+    timer = threading.Timer(after, lambda: os.kill(process.pid, number))
+    timer.start()
+    timer.join()
