@@ -103,5 +103,5 @@ def test_it_is_probed_once_and_not_at_import(monkeypatch):
         with gemm.fast_matmul():
             pass
     assert calls == [1]
-    code = "from tare.kernels import gemm, native; assert gemm._fast is None and native._reason is None"
+    code = "from tare.kernels import gemm, library, native; assert gemm._fast is None and library._reason is None"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

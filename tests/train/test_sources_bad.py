@@ -149,7 +149,7 @@ def test_without_the_hub_one_line_within_seconds(at: Path) -> None:
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DISABLE_TELEMETRY": "1"}
     begin = time.monotonic()
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
-    assert time.monotonic() - begin < 30
+    assert time.monotonic() - begin < 45
     assert done.stderr == ""
     assert done.stdout.count("\n") == 1
     assert "data: 'owner/name' does not exist here and was not found as a hub data set" in done.stdout

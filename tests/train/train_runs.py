@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import json
 import multiprocessing
 import os
 import resource
@@ -13,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 
 from tare.train import loop
@@ -28,8 +30,6 @@ def corpus() -> str:
     """A file of real text (four modules of the standard library), in the cache folder of the tests."""
     path = Path(os.environ["TARE_CACHE"]) / "text" / "corpus.jsonl"
     if not path.exists():
-        import json
-
         path.parent.mkdir(parents=True, exist_ok=True)
         base = Path(sysconfig.get_path("stdlib"))
         texts = [(base / name).read_text("utf-8") for name in ("argparse.py", "typing.py", "inspect.py", "tarfile.py")]
@@ -38,10 +38,21 @@ def corpus() -> str:
     return str(path)
 
 
+@functools.cache
+def model() -> str:
+    """A folder with the config of a LLaMA of 130 thousand parameters: large enough for every rule, quick to save."""
+    from transformers import LlamaConfig
+
+    path = Path(os.environ["TARE_CACHE"]) / "tiny-model"
+    shape = {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaConfig(**shape, vocab_size=300, max_position_embeddings=64).save_pretrained(path)
+    return str(path)
+
+
 def config(out: Path, method: str = "adamw", **changes: Any) -> RunConfig:
-    """A run of a second: llama-tiny, short sequences. `changes`: `steps=3`, `keep=2`, ... whatever section they are in."""
+    """A run of a second: a tiny LLaMA, short sequences. `changes`: `steps=3`, `keep=2`, ... whatever section they are in."""
     base = RunConfig(
-        ModelConfig("llama-tiny"),
+        ModelConfig(model()),
         DataConfig(corpus(), seq=32, eval_tokens=512, eval_fraction=0.1),
         MethodConfig(method),
         TrainConfig(steps=10, batch=2),
@@ -93,9 +104,7 @@ def fingerprint(out: Path) -> str:
     last = max((out / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
     for file in (out / "model" / "model.safetensors", last / "weights.safetensors", last / "optimizer.safetensors"):
         for name, tensor in sorted(load_file(file).items()):
-            digest.update(
-                name.encode() + tensor.contiguous().view(-1).view(dtype=__import__("torch").uint8).numpy().tobytes()
-            )
+            digest.update(name.encode() + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -77,7 +77,7 @@ def _dispatch(argv: list[str]) -> int:
     from tare.cli.parser import Parser
 
     module = importlib.import_module(f"tare.cli.{name}")
-    parser = Parser(name, module.__doc__.partition("\n")[0])
+    parser = Parser(name, (module.__doc__ or "").partition("\n")[0])
     module.configure(parser)
     return int(module.run(parser.read(argv[1:])))
 

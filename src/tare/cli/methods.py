@@ -69,7 +69,7 @@ def parameters(key: str) -> list[tuple[str, str, str]]:
     """`(name, type, default)` of every argument of a method's constructor."""
     from tare.methods import registry
 
-    signature = inspect.signature(registry.method_class(key).__init__)  # type: ignore[misc]
+    signature = inspect.signature(registry.method_class(key).__init__)
     found = []
     for name, spec in signature.parameters.items():
         if name in ("self", "params"):

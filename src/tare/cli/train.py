@@ -7,7 +7,7 @@ import argparse
 from dataclasses import asdict
 
 from tare.cli import flags
-from tare.cli.output import console, emit, known_method, only_json, resolve
+from tare.cli.output import console, emit, only_json, resolve
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -23,8 +23,6 @@ def run(args: argparse.Namespace) -> int:
     from tare.report.rows import memory_table, table
     from tare.train.loop import train
 
-    if config.method.key != "auto":
-        known_method(config.method.key, "--method")
     with only_json(args.json):
         check_method(config)
         with watching(config) as watch:

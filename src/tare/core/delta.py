@@ -44,7 +44,7 @@ class Dense(Delta):
         weight.add_(self.u.view_as(weight) if self.u.shape != weight.shape else self.u, alpha=-alpha * self.scale)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        return self.u[start:stop] * self.scale
+        return (self.u[start:stop] if self.u.ndim else self.u) * self.scale
 
     @property
     def scaled(self) -> bool:

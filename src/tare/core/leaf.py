@@ -133,6 +133,8 @@ def normalise_group(group: dict[str, Any]) -> tuple[dict[str, Any], dict[Tensor,
 def as_groups(params: Any) -> list[dict[str, Any]]:
     """Whatever the user gave (module, tensors, named tensors, groups) as a list of groups, before normalising."""
     if isinstance(params, nn.Module):
+        if next(params.parameters(), None) is None:
+            raise InputError(f"params: the module {type(params).__name__} has no parameters")
         return [{"params": params}]
     if isinstance(params, Tensor):
         raise TypeError(

@@ -3,6 +3,7 @@
 State is flat: `state[p]` holds tensors and ints, allocated when the optimizer is built, so that it can be counted, saved and resharded.
 """
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from tare.core import loading
 from tare.core.accounting import Breakdown, Row, explain
-from tare.core.checks import check_number, check_whole
+from tare.core.checks import check_betas, check_number, check_whole
 from tare.core.errors import InputError
 from tare.core.leaf import Leaf, Role, as_groups, normalise_group
 from tare.core.recipe import Recipe
@@ -129,6 +130,8 @@ class Optimizer(torch.optim.Optimizer):
             lr = float(lr)
         check_number("learning rate", lr, 0.0, inclusive=True)
         check_number("weight_decay value", group["weight_decay"], 0.0, inclusive=True)
+        if "betas" in group:
+            check_betas(group["betas"])
 
     def _claim(self, group: dict[str, Any], recipe: Recipe, roles: dict[Tensor, Role]) -> dict[Tensor, Entry]:
         names = group.get("param_names") or [""] * len(group["params"])
@@ -325,7 +328,7 @@ class Optimizer(torch.optim.Optimizer):
                 loading.check_leaf(entry.leaf, entry.slots, raw)
                 loaded[p] = {name: loading.place(value, p.device) for name, value in raw.items()}
         for group, saved in zip(self.param_groups, theirs, strict=True):
-            group.update({k: v for k, v in saved.items() if k not in ("params", "param_names")})
+            group.update(copy.deepcopy({k: v for k, v in saved.items() if k not in ("params", "param_names")}))
         self.state = defaultdict(dict, loaded)
         self.init_state()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+_BLOCK = 1 << 18  # elements: the products of a block stay in cache
+
 
 def is_fake(tensor: Tensor) -> bool:
     """True for tensors without data (fake or meta): data-dependent branches must take the ordinary way."""
@@ -25,8 +27,12 @@ def column_norms(x: Tensor, dim: int) -> Tensor:
 
     `vecdot` over dim 0 is 4-6 times faster than `vector_norm` there; over rows `vector_norm` is the faster one.
     """
-    if dim == 0:
-        return torch.linalg.vecdot(x, x, dim=0).sqrt_().unsqueeze(0)
+    if dim == 0:  # by row blocks, because vecdot forms the products
+        blocks = x.split(max(1, _BLOCK // max(1, x.shape[1])))
+        total = torch.linalg.vecdot(blocks[0], blocks[0], dim=0)
+        for block in blocks[1:]:
+            total += torch.linalg.vecdot(block, block, dim=0)
+        return total.sqrt_().unsqueeze(0)
     return torch.linalg.vector_norm(x, dim=1, keepdim=True)
 
 

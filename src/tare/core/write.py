@@ -25,7 +25,8 @@ def update_leaf(transform: Transform, work: Work) -> None:
             state.flush()
         return
     grad = work.grad.neg() if work.maximize else work.grad
-    delta = transform.update(grad, work.state, work.step, work.compressed)
+    compressed = work.compressed.neg() if work.maximize and work.compressed is not None else work.compressed
+    delta = transform.update(grad, work.state, work.step, compressed)
     write(_shaped(work, delta), delta, work, 0)
     work.state.flush()
 

@@ -149,13 +149,10 @@ template <bool SIGNED> static inline F value(const uint8_t* codes, float absmax)
 // `top`: integer pattern of the largest magnitude; that order puts NaN and infinities on top, which a float maximum would lose
 template <bool SIGNED> static inline void encode(const float* x, int n, I tops, uint8_t* codes, float* absmax) {
     int32_t top = largest(tops);
-    float peak = bits<float>(top);
-    if (top < 0x00800000) peak = 0.0f;  // subnormal: the reciprocal would overflow
-    *absmax = peak;
-    if (top < 0x00800000 || top >= 0x7F800000) {
-        memset(codes, SIGNED ? 127 : 0, (size_t)n);
-        return;
-    }
+    const float peak = bits<float>(top);
+    const bool small = top < 0x00800000;  // zero or subnormal: the reciprocal would overflow
+    *absmax = small ? 0.0f : peak;
+    if (small || top >= 0x7F800000) return (void)memset(codes, SIGNED ? 127 : 0, (size_t)n);
     const float factor = 1.0f / peak;
     for (int i = 0; i < n; i += L) narrow(codes + i, nearest<SIGNED>(load<F>(x + i) * factor));
 }
@@ -175,8 +172,7 @@ template <class W, class G> struct Adam {
             F v = value<false>(c2 + i, *a2) * s.beta2 + gi * s.rest2 * gi;
             top1 = max(top1, magnitude(m));
             top2 = max(top2, magnitude(v));
-            store(m_ + i, m);
-            store(v_ + i, v);
+            store(m_ + i, m), store(v_ + i, v);
             write(w + i, read(w + i) * s.decay - m / (sqrt(v) + s.eps) * s.alpha, s.noise, at + i);
         }
         encode<true>(m_, n, top1, c1, a1);
@@ -243,10 +239,7 @@ static void run(W* w, const G* g, uint8_t* c1, float* a1, uint8_t* c2, float* a2
     W w_[MAX_BLOCK];
     G g_[MAX_BLOCK];
     uint8_t c1_[MAX_BLOCK], c2_[MAX_BLOCK];
-    memset(w_, 0, padded * sizeof(W));
-    memset(g_, 0, padded * sizeof(G));
-    memset(c1_, 127, padded);
-    memset(c2_, 0, padded);
+    memset(w_, 0, padded * sizeof(W)), memset(g_, 0, padded * sizeof(G)), memset(c1_, 127, padded), memset(c2_, 0, padded);
     copy(w_, (const W*)at(w, done), rest);
     copy(g_, at(g, done), rest);
     copy(c1_, (const uint8_t*)at(c1, done), rest);
@@ -262,7 +255,6 @@ static void run(W* w, const G* g, uint8_t* c1, float* a1, uint8_t* c2, float* a2
 extern "C" {
 int tare_interface() { return 1; }
 int tare_lanes() { return L; }
-int tare_max_block() { return MAX_BLOCK; }
 int tare_threaded() {
 #ifdef _OPENMP
     return 1;
@@ -292,8 +284,9 @@ void tare_write(void* w, const float* u, int64_t n, int threads, const Step* s) 
 void tare_encode(const void* x, int x_bf16, uint8_t* c, float* a, int64_t n, int block, int is_signed, int threads) {
     const Step s{};
     float* no = nullptr;
-    if (x_bf16 && is_signed) run<Encode<bf16, true>>(no, (const bf16*)x, c, a, nullptr, nullptr, n, block, threads, s);
-    else if (x_bf16) run<Encode<bf16, false>>(no, (const bf16*)x, c, a, nullptr, nullptr, n, block, threads, s);
+    const bf16* half = (const bf16*)x;
+    if (x_bf16 && is_signed) run<Encode<bf16, true>>(no, half, c, a, nullptr, nullptr, n, block, threads, s);
+    else if (x_bf16) run<Encode<bf16, false>>(no, half, c, a, nullptr, nullptr, n, block, threads, s);
     else if (is_signed) run<Encode<float, true>>(no, (const float*)x, c, a, nullptr, nullptr, n, block, threads, s);
     else run<Encode<float, false>>(no, (const float*)x, c, a, nullptr, nullptr, n, block, threads, s);
 }

@@ -5,104 +5,17 @@ True when it did the work and False when it cannot (no compiler, a CUDA or fake 
 the twin in `blockwise`, `plain` or `rounding`, which gives the same codes. `TARE_NATIVE=0` in the environment turns it off.
 """
 
-import ctypes
-import os
-import threading
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
-from tare.kernels import blockwise, build, rounding
+from tare.kernels import blockwise, library, rounding
+from tare.kernels.library import Noise, Step, available, reason
 
-_INTERFACE = 1
+__all__ = ["adamw8bit_", "available", "decode_into", "encode_into", "lion8bit_", "reason", "write_stochastic_"]
+
+
 _FLOATS = (torch.float32, torch.bfloat16)
 _FP32, _CODES, _BF16 = (torch.float32,), (torch.uint8,), (torch.bfloat16,)
-
-
-class _Noise(ctypes.Structure):
-    _fields_ = [("base", ctypes.c_uint32), ("on", ctypes.c_int), ("index", ctypes.c_uint32)]
-
-
-class _Step(ctypes.Structure):
-    _fields_ = [(x, ctypes.c_float) for x in ("beta1", "rest1", "beta2", "rest2", "decay", "alpha", "eps")] + [
-        ("noise", _Noise)
-    ]
-
-
-_lock = threading.Lock()
-_trial = threading.local()  # the library that this thread is testing; nobody else sees it before it has passed
-_library: ctypes.CDLL | None = None
-_reason: str | None = None  # None until the first attempt
-
-
-def _declare(library: ctypes.CDLL) -> None:
-    p, i, n = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    step = ctypes.POINTER(_Step)
-    for name, arguments in {
-        "tare_tables": [p, p, p, p],
-        "tare_adamw": [p, i, p, i, p, p, p, p, n, i, i, step],
-        "tare_lion": [p, i, p, i, p, p, n, i, i, step],
-        "tare_write": [p, p, n, i, step],
-        "tare_encode": [p, i, p, p, n, i, i, i],
-        "tare_decode": [p, p, p, n, i, i, i],
-    }.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = arguments, None
-
-
-def _accept(library: ctypes.CDLL) -> str | None:
-    from tare.kernels import selftest  # it imports this module
-
-    try:
-        if library.tare_interface() != _INTERFACE:
-            return "the compiled library has another interface"
-        _declare(library)
-    except AttributeError as error:
-        return f"the compiled library lacks {error}"
-    tables = [
-        (ctypes.c_float * 256)(*x(s)) for s in (False, True) for x in (blockwise.map_values, blockwise.map_thresholds)
-    ]
-    library.tare_tables(*tables)
-    _trial.library = library
-    try:
-        return selftest.objection()
-    finally:
-        _trial.library = None
-
-
-def _load() -> ctypes.CDLL | None:
-    global _library, _reason
-    on_trial: ctypes.CDLL | None = getattr(_trial, "library", None)
-    if on_trial is not None:
-        return on_trial
-    if os.environ.get("TARE_NATIVE", "1") == "0":
-        return None
-    if _reason is None:
-        with _lock:
-            if _reason is None:
-                try:
-                    _library = build.library(Path(__file__).with_name("native.cpp"), _accept)
-                    threads = "threads" if _library.tare_threaded() else "one thread"
-                    _reason = f"C++ kernels in use ({_library.tare_lanes()} lanes, {threads})"
-                except build.Unavailable as error:
-                    _reason = f"plain torch kernels: {error}"
-                except Exception as error:  # a kernel that cannot be had must never stop a run
-                    _reason = f"plain torch kernels: {type(error).__name__}: {error}".splitlines()[0]
-    return _library
-
-
-def available() -> bool:
-    """Whether native calls are taken. Compiles on the first call (about two seconds, once for a machine)."""
-    return _load() is not None
-
-
-def reason() -> str:
-    """One line for people: what runs, and if it is the plain twins, why. Compiles on the first call."""
-    if os.environ.get("TARE_NATIVE", "1") == "0":
-        return "plain torch kernels: TARE_NATIVE=0"
-    _load()
-    return _reason or "plain torch kernels"
 
 
 def _fits(numel: int, *tensors: tuple[Tensor, tuple[torch.dtype, ...], int | None]) -> bool:
@@ -128,13 +41,13 @@ def _written(*tensors: Tensor) -> None:
             torch.autograd.graph.increment_version(x)
 
 
-def _noise(key: int | None, start: int, numel: int) -> _Noise | None:
+def _noise(key: int | None, start: int, numel: int) -> Noise | None:
     """None when the elements' indices cross a multiple of 2^32, where the hash's base changes: left to the twin."""
     if key is None:
-        return _Noise(0, 0, 0)
+        return Noise(0, 0, 0)
     if start < 0 or start >> 32 != (start + numel - 1) >> 32:
         return None
-    return _Noise(rounding.base(key, start >> 32), 1, start & rounding.MASK)
+    return Noise(rounding.base(key, start >> 32), 1, start & rounding.MASK)
 
 
 def adamw8bit_(
@@ -187,10 +100,10 @@ def adamw8bit_(
         (absmax2, _FP32, scales),
     ):
         return False
-    noise, library = _noise(key, start, n), _load()
-    if noise is None or library is None:
+    noise, native = _noise(key, start, n), library.load()
+    if noise is None or native is None:
         return False
-    library.tare_adamw(
+    native.tare_adamw(
         weight.data_ptr(),
         weight.dtype == torch.bfloat16,
         grad.data_ptr(),
@@ -202,7 +115,7 @@ def adamw8bit_(
         n,
         block,
         torch.get_num_threads(),
-        _Step(beta1, 1 - beta1, beta2, 1 - beta2, decay, alpha, eps, noise),
+        Step(beta1, 1 - beta1, beta2, 1 - beta2, decay, alpha, eps, noise),
     )
     _written(weight, codes1, absmax1, codes2, absmax2)
     return True
@@ -243,10 +156,10 @@ def lion8bit_(
         n, (weight, _FLOATS, None), (grad, _FLOATS, None), (codes, _CODES, None), (absmax, _FP32, scales)
     ):
         return False
-    noise, library = _noise(key, start, n), _load()
-    if noise is None or library is None:
+    noise, native = _noise(key, start, n), library.load()
+    if noise is None or native is None:
         return False
-    library.tare_lion(
+    native.tare_lion(
         weight.data_ptr(),
         weight.dtype == torch.bfloat16,
         grad.data_ptr(),
@@ -256,7 +169,7 @@ def lion8bit_(
         n,
         block,
         torch.get_num_threads(),
-        _Step(beta1, 1 - beta1, beta2, 1 - beta2, decay, alpha, 0.0, noise),
+        Step(beta1, 1 - beta1, beta2, 1 - beta2, decay, alpha, 0.0, noise),
     )
     _written(weight, codes, absmax)
     return True
@@ -271,11 +184,11 @@ def write_stochastic_(weight: Tensor, update: Tensor, *, decay: float, alpha: fl
     n = weight.numel()
     if not _fits(n, (weight, _BF16, None), (update, _FP32, None)):
         return False
-    noise, library = _noise(key, start, n), _load()
-    if noise is None or library is None:
+    noise, native = _noise(key, start, n), library.load()
+    if noise is None or native is None:
         return False
-    step = _Step(0, 0, 0, 0, decay, alpha, 0, noise)
-    library.tare_write(weight.data_ptr(), update.data_ptr(), n, torch.get_num_threads(), step)
+    step = Step(0, 0, 0, 0, decay, alpha, 0, noise)
+    native.tare_write(weight.data_ptr(), update.data_ptr(), n, torch.get_num_threads(), step)
     _written(weight)
     return True
 
@@ -286,10 +199,10 @@ def encode_into(x: Tensor, codes: Tensor, absmax: Tensor, signed: bool, block: i
     scales = blockwise.absmax_numel(n, block) if block > 0 else 0
     if not _block_fits(block) or not _fits(n, (x, _FLOATS, None), (codes, _CODES, None), (absmax, _FP32, scales)):
         return False
-    library = _load()
-    if library is None:
+    native = library.load()
+    if native is None:
         return False
-    library.tare_encode(
+    native.tare_encode(
         x.data_ptr(),
         x.dtype == torch.bfloat16,
         codes.data_ptr(),
@@ -309,9 +222,9 @@ def decode_into(codes: Tensor, absmax: Tensor, signed: bool, out: Tensor, block:
     scales = blockwise.absmax_numel(n, block) if block > 0 else 0
     if not _block_fits(block) or not _fits(n, (codes, _CODES, None), (absmax, _FP32, scales), (out, _FP32, None)):
         return False
-    library = _load()
-    if library is None:
+    native = library.load()
+    if native is None:
         return False
-    library.tare_decode(out.data_ptr(), codes.data_ptr(), absmax.data_ptr(), n, block, signed, torch.get_num_threads())
+    native.tare_decode(out.data_ptr(), codes.data_ptr(), absmax.data_ptr(), n, block, signed, torch.get_num_threads())
     _written(out)
     return True

@@ -22,9 +22,10 @@ class Method(Optimizer):
         maximize: bool = False,
     ):  # fmt: skip
         self._recipe_from, self._hyper = recipe_from, hyper
+        recipe = recipe_from(**hyper)  # checks every value
         live = {"betas": tuple(hyper["betas"])} if hyper.get("betas") is not None else {}
         super().__init__(
-            params, recipe_from(**hyper), lr, weight_decay=weight_decay, storage=storage, release=release, seed=seed,
+            params, recipe, lr, weight_decay=weight_decay, storage=storage, release=release, seed=seed,
             maximize=maximize, **live,
         )  # fmt: skip
 

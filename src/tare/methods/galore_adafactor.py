@@ -43,7 +43,7 @@ def galore_adafactor_recipe(
     rank: int, period: int, scale: float, side: str, basis: str | Basis, beta1: float | None, decay_rate: float,
     eps: tuple[float, float], clip_threshold: float, scale_parameter: bool, transfer: str, stagger: bool, targets: Match,
 ) -> Recipe:  # fmt: skip
-    rule = Adafactor(beta1, decay_rate, (eps[0], eps[1]), clip_threshold, scale_parameter)
+    rule = Adafactor(beta1, decay_rate, eps, clip_threshold, scale_parameter)
     low = Subspace(
         rule, make_basis(basis, rank), Refresh(period, stagger), side_name(side), transfer=transfer, scale=scale  # type: ignore[arg-type]
     )  # fmt: skip

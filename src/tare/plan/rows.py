@@ -8,7 +8,7 @@ from tare.core.storage import Storage
 from tare.methods import registry
 from tare.plan.activations import Moment, Precision, StepProfile, profile_model
 from tare.plan.resolve import Choice, applicable, resolve
-from tare.plan.steps import StepCost, step_cost
+from tare.plan.steps import StepCost, state_bytes, step_cost, weight_bytes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -92,18 +92,8 @@ def plan_row(settings: Settings, key: str, budget: int | None = None) -> PlanRow
 
 def least(settings: Settings, key: str) -> int:
     """A lower bound of the peak that needs no tracked step: weights and state."""
-    cost = step_cost(settings.choice(key), settings.config, settings.dtype)
-    return weight_bytes(settings) + cost.state
-
-
-def weight_bytes(settings: Settings) -> int:
-    """Bytes of the weights alone."""
-    from tare.plan.activations import fake_tensors
-    from tare.plan.models import DTYPES, build_skeleton
-
-    with fake_tensors():
-        model = build_skeleton(settings.config, DTYPES[settings.dtype])
-        return sum(p.numel() * p.element_size() for p in model.parameters())
+    state = state_bytes(settings.choice(key), settings.config, settings.dtype)
+    return weight_bytes(settings.config, settings.dtype) + state
 
 
 def shown_options(choice: Choice) -> dict[str, Any]:

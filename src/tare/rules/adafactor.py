@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tare.core.checks import check_choice, check_number
 from tare.core.delta import Delta, Dense
+from tare.core.errors import InputError
 from tare.core.leaf import Leaf
 from tare.core.state import State
 from tare.core.transform import Sharding, StateSpec, Step, Transform
@@ -38,8 +39,15 @@ class Adafactor(Transform):
     form: Literal["transformers", "torch"] = "transformers"
 
     sharding: ClassVar[Sharding] = "matrix"
+    accumulates: ClassVar[bool] = True  # dense leaves simply keep their gradient between micro-batches
 
     def __post_init__(self) -> None:
+        if not isinstance(self.eps, tuple | list) or len(self.eps) != 2:
+            raise InputError(f"Invalid eps: {self.eps!r}; expected a pair such as (1e-30, 1e-3)")
+        for number, eps in enumerate(self.eps):
+            check_number(f"eps[{number}]", eps, 0.0, inclusive=True)
+        if check_number("decay_rate", self.decay_rate, -math.inf) > 0.0:
+            raise InputError(f"Invalid decay_rate: {self.decay_rate!r}; expected a number <= 0 such as -0.8")
         if self.beta1 is not None:
             check_number("beta1", self.beta1, 0.0, inclusive=True, below=1.0)
         check_number("clip_threshold", self.clip_threshold)

@@ -28,7 +28,8 @@ class Lion(Transform):
         b1, b2 = step.betas(self.betas)
         m = state["exp_avg"]
         g = grad.to(m.dtype).view_as(m)
-        u = (m * b1).add_(g, alpha=1.0 - b1).sign_()
+        x = (m * b1).add_(g, alpha=1.0 - b1)
+        u = x.sign().addcmul_(x, x.new_zeros(()))  # sign(NaN) is 0 in torch: a NaN would freeze its weight unseen
         m.mul_(b2).add_(g, alpha=1.0 - b2)
         return Dense(u)
 

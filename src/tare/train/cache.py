@@ -5,6 +5,7 @@ built beside its place and renamed into it, so a killed process leaves nothing t
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -25,6 +26,7 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 HASHED_BYTES = 1 << 30  # larger files are checked by size alone when opened: hashing 100 GB at every start is no help
 HASHED_SOURCE = 64 << 20  # the same for the files of a source, which are not ours and may lie on a slow disk
+_TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)  # of a rename: something stands in the place
 _log = logging.getLogger("tare.cache")
 
 
@@ -175,11 +177,12 @@ def _publish(temp: Path, folder: Path) -> None:
             os.rename(temp, folder)
             _sync_folder(folder.parent)
             return
-        except OSError:
-            if not folder.exists():
+        except OSError as error:
+            if error.errno not in _TAKEN:
                 raise
         if verify(folder):
             return
+        # Where there are no locks a good entry may have come in this instant; it goes, and ours, which is the same, comes.
         bad = _beside(folder)
         with contextlib.suppress(FileNotFoundError):  # another process moved it first
             os.rename(folder, bad)

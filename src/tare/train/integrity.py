@@ -91,7 +91,7 @@ def verify(folder: Path) -> dict[str, Any]:
     """
     manifest = read_manifest(folder)
     files = manifest.get("files")
-    if not isinstance(files, dict):
+    if not isinstance(files, dict) or not all(isinstance(fact, dict) for fact in files.values()):
         raise CheckpointError(f"{folder / MANIFEST}: lists no files")
     present = {path.name for path in folder.iterdir()} - {MANIFEST}
     for name in sorted(present - set(files)):
@@ -102,9 +102,9 @@ def verify(folder: Path) -> dict[str, Any]:
         if Path(name).name != name or path.is_symlink() or not path.is_file():
             raise CheckpointError(f"{path}: missing from the checkpoint")
         size = path.stat().st_size
-        if size != fact["size"]:
-            raise CheckpointError(f"{path}: damaged ({size} bytes, {fact['size']} were written)")
-        if sha256_file(path) != fact["sha256"]:
+        if size != fact.get("size"):
+            raise CheckpointError(f"{path}: damaged ({size} bytes, {fact.get('size')} were written)")
+        if sha256_file(path) != fact.get("sha256"):
             raise CheckpointError(f"{path}: damaged (its content has changed since it was written)")
     return manifest
 
@@ -124,7 +124,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: damaged (not a manifest)") from None
     if not intact:
         raise CheckpointError(f"{path}: damaged (its content has changed since it was written)")
-    if manifest.get("format", 0) > FORMAT:
+    if not isinstance(manifest.get("format"), int):
+        raise CheckpointError(f"{path}: states no format")
+    if manifest["format"] > FORMAT:
         raise NewerFormat(
             f"{folder}: checkpoint format {manifest['format']}, written by tare {manifest.get('tare')}; "
             f"this tare reads up to {FORMAT}; upgrade tare"

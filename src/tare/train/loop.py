@@ -65,6 +65,8 @@ def train(config: RunConfig, *, on_event: OnEvent = ignore) -> Result:
         saved = snapshot.trainer["config"] if snapshot else {}
         config = session.resolve(run.inherit(saved, config))
         warnings = [*(snapshot.skipped if snapshot else ()), *run.changes(saved, config)]
+        if config.run.tensorboard:
+            metrics.writer_class()
         with session.threads(config.run.threads or 1):
             predicted = session.check_budget(config)
             job = session.build(config, predicted, lambda text: on_event(progress.Working(text)))

@@ -19,9 +19,13 @@ NAME = "metrics.jsonl"
 class Metrics:
     """The open log of one run."""
 
-    def __init__(self, path: Path, tensorboard: bool = False) -> None:
-        self._writer = open_tensorboard(path.parent / "tensorboard") if tensorboard else None
-        self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115  (closed in close)
+    def __init__(self, path: Path, tensorboard: bool = False, step: int = 0) -> None:
+        """Open for appending; TensorBoard then forgets what it was told of steps after `step`."""
+        try:
+            self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115  (closed in close)
+        except OSError as fault:
+            raise CheckpointError(f"{path}: cannot be written: {fault.strerror}") from fault
+        self._writer = writer_class()(str(path.parent / "tensorboard"), purge_step=step + 1) if tensorboard else None
 
     def write(self, event: str, step: int, **values: Any) -> dict[str, Any]:
         """Append one line and hand it to the system at once. Numbers that are not finite become null: JSON has none."""
@@ -59,27 +63,30 @@ def read(path: Path) -> list[dict[str, Any]]:
             line = json.loads(raw)
         except ValueError:
             continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
+        if isinstance(line, dict) and isinstance(line.get("step"), int) and "event" in line:
             lines.append(line)
     return lines
 
 
-def truncate(path: Path, step: int) -> None:
-    """Drop what was logged after `step` finished steps, atomically: those steps are about to run again."""
+def truncate(path: Path, step: int, evaluated: int) -> None:
+    """Drop what was logged after `step` finished steps, and evaluations after step `evaluated`: they are about to come again.
+
+    Atomic, so that a kill leaves the old file or the new one.
+    """
     if path.exists():
-        kept = [json.dumps(line) + "\n" for line in read(path) if line["step"] <= step]
-        write_atomic(path, "".join(kept).encode())
+        kept = [line for line in read(path) if line["step"] <= (evaluated if line["event"] == "eval" else step)]
+        write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
-def open_tensorboard(folder: Path) -> Any:
-    """A TensorBoard writer. Raises `InputError`, naming the extra, where TensorBoard is not installed."""
+def writer_class() -> Any:
+    """TensorBoard's writer. Raises `InputError`, naming the extra, where TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise InputError(
             'run.tensorboard: TensorBoard is not installed; pip install "tare[tensorboard]", or leave the setting off'
         ) from None
-    return SummaryWriter(str(folder))
+    return SummaryWriter
 
 
 def _plain(value: Any) -> Any:

@@ -27,7 +27,7 @@ SMALLEST_VOCAB = 258  # 256 bytes and the two above
 SAMPLE_BYTES = 6_000_000  # of text a BPE is trained on: a second or two of work; more hardly moves the merges
 _KNOWN_EOS = (EOS, "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "<|im_end|>", "[EOS]")  # where no config names it
 
-GROUP_CHARS = 1 << 20  # encoded at a time: enough for every core, little enough to hold
+GROUP_CHARS = 1 << 22  # encoded at a time: enough for every core, little enough to hold
 
 Progress = Callable[[str], None]  # is told in words what is being done
 

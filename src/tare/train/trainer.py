@@ -71,7 +71,7 @@ class Trainer:
 
     def run(self) -> bool:
         """Train; False if a signal stopped it before the end. Raises `Diverged`, `CheckpointError`."""
-        self.log = Metrics(self.folder.metrics, self.config.run.tensorboard)
+        self.log = Metrics(self.folder.metrics, self.config.run.tensorboard, self.now.step)
         started, before = time.monotonic(), self.now.seconds
         try:
             with StopSignals() as signals, guarded(self.job):
@@ -85,12 +85,12 @@ class Trainer:
                         self._evaluate()
                     if (signals.stop or self._due(self.config.run.checkpoint_every)) and self.saved != self.now.step:
                         self._save()
+                    if signals.stop:
+                        return False
                     if self.now.step >= self.steps:
                         self.folder.write_model(lambda place: session.save_model(self.job, place))
                         self.tell(progress.Saved(self.now.step, self.folder.model))
                         return True
-                    if signals.stop:
-                        return False
                     self._step()
         finally:
             self.log.close()
@@ -221,7 +221,7 @@ def begin(
     """Write the configuration, cut the log back to where the run goes on, and say so."""
     from tare.train.metrics import truncate
 
-    truncate(folder.metrics, counters.step if resumed else -1)
+    truncate(folder.metrics, counters.step if resumed else -1, counters.evaluated)
     folder.write_config(job.config)
     log = Metrics(folder.metrics)
     if resumed:

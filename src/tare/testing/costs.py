@@ -1,0 +1,131 @@
+"""Memory: the accounts are exact, every storage form learns, a step's temporaries stay below one matrix, release changes no bit."""
+
+import torch
+from torch import Tensor, nn
+
+from tare.core.errors import InputError
+from tare.core.optimizer import Optimizer
+from tare.core.storage import Storage
+from tare.methods import registry
+from tare.plan.measure import StepMeter
+from tare.testing.subject import FORMS, Net, Subject, gradient, leaves, loss_of, near, same, snapshot, train
+
+LARGE = (1536, 2048)  # six chunks of element-wise work, 12 MiB in fp32
+
+
+def allocated(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of all tensors in the state."""
+    values = (v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
+    return sum(v.numel() * v.element_size() for v in values)
+
+
+def spec_bytes_are_allocated_bytes(subject: Subject) -> None:
+    """`state_bytes` equals what is allocated, before and after steps; kinds, roles and leaves sum to it."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        for form, storage in FORMS.items():
+            named = leaves(dtype=dtype)
+            optimizer = subject.build(named, storage=storage)
+            for moment in ("built", "stepped"):
+                account = optimizer.state_bytes()
+                what = f"{dtype}, {form} moments, {moment}"
+                assert account.total == allocated(optimizer), f"{what}: {account.total} != {allocated(optimizer)}"
+                for part in (account.by_kind, account.by_role, account.by_leaf):
+                    assert sum(part.values()) == account.total, f"{what}: {part} does not sum to {account.total}"
+                for name, p in named:
+                    p.grad = gradient(name, 0, tuple(p.shape), dtype)
+                optimizer.step()
+
+
+def every_storage_learns(subject: Subject) -> None:
+    """Every moment form, basis form and weight form with this method: constructs, is counted, and learns."""
+    for moment in FORMS:
+        for basis in ("fp32", "bf16"):
+            for dtype, weight in ((torch.float32, "plain"), (torch.bfloat16, "plain"), (torch.bfloat16, "stochastic")):
+                storage = Storage(moment, basis, weight, block=64, min_quantized=1)  # type: ignore[arg-type]
+                net = Net().to(dtype)
+                optimizer = subject.build(net, storage=storage)
+                before = float(loss_of(net))
+                after = train(optimizer, net, 15)
+                assert after < before, f"{storage}, {dtype}: loss from {before:.4f} to {after:.4f}"
+                assert optimizer.state_bytes().total == allocated(optimizer), str(storage)
+
+
+def extra_bytes(optimizer: Optimizer, layer: nn.Module, shape: tuple[int, int], refresh: bool) -> int:
+    """Peak memory of one step above weights, gradients and state, as the allocator saw it."""
+    p = next(layer.parameters())
+    for wanted in ((False, True) if refresh else (False, False)):  # the first pass warms caches and tables
+        state = optimizer.state[p]
+        for name, value in state.items():
+            if name.startswith("basis"):
+                value.copy_(torch.eye(*value.shape))
+        if "refreshed" in state:
+            state["refreshed"], state["step"] = (0, 0) if wanted else (10**9, 1)
+        p.grad = gradient("large", 0, shape, p.dtype)
+        with StepMeter(layer, optimizer) as meter:
+            optimizer.step()
+    return meter.peak - meter.baseline
+
+
+def temporaries_stay_below_one_matrix(subject: Subject) -> None:
+    """An ordinary step of one large fp32 matrix needs less than another such matrix."""
+    layer = nn.Linear(LARGE[1], LARGE[0], bias=False)
+    rank = min(32, subject.options["rank"]) if "rank" in subject.options else None
+    optimizer = subject.build(layer, **({"rank": rank, "period": 10**6} if rank else {}))
+    extra, matrix = extra_bytes(optimizer, layer, LARGE, refresh=False), 4 * LARGE[0] * LARGE[1]
+    # 2 % for the low-rank pieces: R, N and norms are r x l, of which r = 32 makes 2 % of m x n each.
+    assert extra <= 1.1 * matrix, f"{extra / matrix:.2f} of the matrix"
+
+
+def _micro(net: nn.Module, number: int, of: int) -> Tensor:
+    return loss_of(net, number) / of
+
+
+def release_equals_the_normal_step(subject: Subject) -> None:
+    """Stepping inside backward gives the same bits, frees every gradient, and can be closed."""
+    for form, storage in FORMS.items():
+        a, b = Net(), Net()
+        one, two = subject.build(a, storage=storage), subject.build(b, storage=storage, release=True)
+        for number in range(5):
+            one.zero_grad()
+            _micro(a, number, 1).backward()
+            one.step()
+            _micro(b, number, 1).backward()
+            assert all(p.grad is None for p in b.parameters()), "release left a gradient"
+            two.step()
+        same(snapshot(b.named_parameters()), snapshot(a.named_parameters()), f"release, {form}")
+    two.close()
+    before = snapshot(b.named_parameters())
+    _micro(b, 0, 1).backward()
+    same(snapshot(b.named_parameters()), before, "closed, but still stepping in backward")
+
+
+def release_accumulates_or_refuses(subject: Subject) -> None:
+    """Two micro-batches a step: equal to the normal mode, or a clear refusal where the raw gradient is needed."""
+    for maximize in (False, True):
+        a, b = Net(), Net()
+        one, two = subject.build(a, maximize=maximize), subject.build(b, maximize=maximize, release=True)
+        try:
+            with two.accumulating():
+                pass
+        except InputError as error:
+            card = registry.card(subject.key)
+            assert card.release != "accumulates", f"the card promises accumulation, but: {error}"
+            assert "release" in str(error) and "micro-batch" in str(error), str(error)
+            return
+        for number in range(7):
+            one.zero_grad()
+            for part in range(2):
+                _micro(a, 2 * number + part, 2).backward()
+            one.step()
+            with two.accumulating():
+                _micro(b, 2 * number, 2).backward()
+            _micro(b, 2 * number + 1, 2).backward()
+            two.step()
+        # Sums of projections against projections of sums: fp32 rounding, at 7 steps of lr 5e-3.
+        near(snapshot(b.named_parameters()), snapshot(a.named_parameters()), 1e-5, f"accumulated, maximize={maximize}")
+
+
+CHECKS = (
+    spec_bytes_are_allocated_bytes, every_storage_learns, temporaries_stay_below_one_matrix,
+    release_equals_the_normal_step, release_accumulates_or_refuses,
+)  # fmt: skip

@@ -1,0 +1,61 @@
+"""T5 and T12: the same numbers whatever the grouping, the order, the thread count; and again from the same seed."""
+
+import torch
+
+from tare.testing.subject import FORMS, PERIOD, Subject, drive, leaves, near, same, snapshot
+
+STEPS = 2 * PERIOD + 1
+
+
+def groups_equal_separate_optimizers(subject: Subject) -> None:
+    """One optimizer with a group for each leaf equals an optimizer for each leaf, named or not, bit for bit."""
+    for storage in FORMS.values():
+        for with_names in (True, False):
+            together, apart = leaves(), leaves()
+            one = subject.build(
+                [{"params": [i if with_names else i[1]], "lr": 1e-3 * (k + 1)} for k, i in enumerate(together)],
+                storage=storage,
+            )
+            drive(one, together, 0, STEPS)
+            for k, item in enumerate(apart):
+                alone = subject.build([item if with_names else item[1]], lr=1e-3 * (k + 1), storage=storage)
+                drive(alone, [item], 0, STEPS)
+            same(snapshot(apart), snapshot(together), f"{storage.moment}, {'named' if with_names else 'unnamed'}")
+
+
+def order_does_not_matter(subject: Subject) -> None:
+    """Parameters in another order take the same steps: no random number depends on a position."""
+    for with_names in (True, False):
+        straight, turned = leaves(), list(reversed(leaves()))
+        drive(subject.build([i if with_names else i[1] for i in straight]), straight, 0, STEPS)
+        drive(subject.build([i if with_names else i[1] for i in turned]), turned, 0, STEPS)
+        same(dict(reversed(snapshot(turned).items())), snapshot(straight), "reversed order")
+
+
+def repeats_bit_for_bit(subject: Subject) -> None:
+    """The same seed twice gives the same bits, in every storage."""
+    for storage in FORMS.values():
+        runs = []
+        for _ in range(2):
+            named = leaves()
+            drive(subject.build(named, storage=storage, seed=11), named, 0, STEPS)
+            runs.append(snapshot(named))
+        same(runs[1], runs[0], f"twice, {storage.moment}")
+
+
+def threads_do_not_matter(subject: Subject) -> None:
+    """One thread and two agree to rounding: only the order of fp32 sums may differ."""
+    before = torch.get_num_threads()
+    runs = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            named = leaves()
+            drive(subject.build(named), named, 0, STEPS)
+            runs.append(snapshot(named))
+    finally:
+        torch.set_num_threads(before)
+    near(runs[1], runs[0], 1e-5, "two threads")
+
+
+CHECKS = (groups_equal_separate_optimizers, order_does_not_matter, repeats_bit_for_bit, threads_do_not_matter)
