@@ -140,7 +140,7 @@ def test_a_folder_that_vanishes_while_running_is_an_error(when: str, tmp_path: P
         if type(event).__name__ == when:
             shutil.rmtree(out, ignore_errors=True)
 
-    with pytest.raises(CheckpointError, match="run/(checkpoints|metrics.jsonl): cannot be written"):
+    with pytest.raises(CheckpointError, match=r"run/(checkpoints|metrics\.jsonl): cannot be written"):
         train(config(out), on_event=remove)
     assert not out.exists()
 

@@ -29,7 +29,8 @@ def run(args: argparse.Namespace) -> int:
     from tare.report.rows import table
 
     begun = started(Path(config.run.out).expanduser()) if config.run.resume else None
-    methods = method_list(args.methods or ",".join(begun or ()) or DEFAULT, "--methods") or []
+    asked = args.methods if args.methods is not None else ",".join(begun) if begun else DEFAULT
+    methods = method_list(asked, "--methods") or []
     with only_json(args.json), watching(config) as watch:
         comparison = compare(config, methods, watch)
     if args.json:

@@ -1,36 +1,44 @@
-"""Progress on stderr while a command trains: what will be done first, then one live line."""
+"""Progress on stderr while a command trains: what will be done and needed first, then one live line."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from tare.train.config import RunConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from tare.train.progress import Event
 
 
 @contextmanager
 def watching(config: RunConfig) -> "Iterator[Callable[[Event], None]]":
-    """Gives the listener to hand to `train` or `compare`."""
-    import sys
+    """Gives the listener to hand to `train` or `compare`.
 
+    Where stderr is no terminal, what is noted while a run is prepared is shown once it starts: if it cannot start, the
+    one line that says why stands alone.
+    """
     from tare.cli.output import console
     from tare.report.compare import MethodBegins
     from tare.train.progress import Note, RichProgress, Started
 
     with RichProgress(console(sys.stderr)) as show:
+        waiting: list[Event] = []
 
         def listen(event: "Event") -> None:
             if isinstance(event, MethodBegins):
                 show.label = f"{event.method} ({event.number}/{event.count}): "
-                return
-            if isinstance(event, Started):
-                for line in summary(config, event.predicted):
-                    show(Note(line))
-            show(event)
+                waiting.clear()
+            elif isinstance(event, Note) and not show.console.is_terminal:
+                waiting.append(event)
+            else:
+                for each in waiting:
+                    show(each)
+                waiting.clear()
+                if isinstance(event, Started):
+                    for line in summary(config, event.predicted):
+                        show(Note(line))
+                show(event)
 
         yield listen
 

@@ -86,6 +86,7 @@ class Scaled(Delta):
     grad: Tensor
     factor: Tensor
     scale: float = 1.0
+    lr_inside: bool = False
 
     def write(self, weight: Tensor, alpha: float, beta: float) -> None:
         if beta != 1.0:
@@ -100,6 +101,10 @@ class Scaled(Delta):
     def rows(self, start: int, stop: int) -> Tensor:
         factor = self.factor[start:stop] if self.factor.ndim == 2 and self.factor.shape[0] > 1 else self.factor
         return self.grad[start:stop].to(self.factor.dtype) * (factor * self.scale)
+
+    @property
+    def scaled(self) -> bool:
+        return self.lr_inside
 
 
 @dataclass

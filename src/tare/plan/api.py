@@ -130,6 +130,24 @@ def choose(plan: Plan) -> str:
     )
 
 
+def require_fit(plan: Plan, method: str) -> PlanRow:
+    """The line of `method`, if it fits.
+
+    Raises:
+        DoesNotFit: it does not; the message names the smallest change with which it would, or another method that fits.
+    """
+    row = plan.row(method)
+    if row.fits is not False:
+        return row
+    assert plan.budget is not None
+    why = row.note or f"needs {format_bytes(row.peak)} ({row.event})"
+    others = [other.method for other in plan.rows if other.fits]
+    instead = f"; {', '.join(others)} would fit" if others else ""
+    advice = plan.advice if plan.advice and plan.advice.method == method else None
+    advice = advice or advise(plan.settings, [method], plan.budget)
+    raise DoesNotFit(f"budget {format_bytes(plan.budget)}: method {method} {why}; {advice.text}{instead}")
+
+
 def _config(model: "str | Path | nn.Module | PretrainedConfig") -> tuple["PretrainedConfig", str]:
     if isinstance(model, (str, Path)):
         return config_for(model), named(str(model)) or str(model)

@@ -12,23 +12,33 @@ if TYPE_CHECKING:
 
 
 def table(plan: "Plan") -> "Table":
-    """A line per method: the parts of its peak, the event at which it occurs, whether it fits."""
+    """A line per method: the parts of its peak in one unit, the event at which it occurs, whether it fits."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    grid = Table(title=title(plan), title_justify="left", caption=caption(plan), caption_justify="left")
+    unit, scale = _unit(max((row.peak for row in plan.rows), default=0))
+    grid = Table(title=title(plan), caption=caption(plan), box=SIMPLE_HEAD, pad_edge=False)
+    grid.title_justify = grid.caption_justify = "left"
     grid.add_column("method", no_wrap=True)
-    for name in ("weights", "gradients", "state", "activations", "temporaries", "peak"):
-        grid.add_column(name, justify="right", no_wrap=True, style="bold" if name == "peak" else "")
+    grid.add_column("rank", justify="right")
+    for name in ("weights", "grads", "state", "activ.", "temp."):
+        grid.add_column(name, justify="right", no_wrap=True)
+    grid.add_column(f"peak {unit}", justify="right", no_wrap=True, style="bold")
     grid.add_column("at")
     if plan.budget is not None:
-        grid.add_column("fits", justify="center")
-    grid.add_column("rank", justify="right")
+        grid.add_column("fits")
     for row in plan.rows:
         parts = (row.weights, row.gradients, row.state, row.activations, row.temporaries, row.peak)
-        fits = [] if plan.budget is None else ["[green]yes[/]" if row.fits else f"[red]no[/] {row.note}".rstrip()]
+        fits = [] if plan.budget is None else ["[green]yes[/]" if row.fits else "[red]no[/]"]
         rank = str(row.options.get("rank", "-"))
-        grid.add_row(row.method, *(format_bytes(part) for part in parts), row.event, *fits, rank)
+        cells = [f"{part / scale:.2f}" if part else "0" for part in parts]
+        grid.add_row(row.method, rank, *cells, row.note or row.event, *fits)
     return grid
+
+
+def _unit(size: int) -> tuple[str, int]:
+    """The unit in which the largest figure has one to four digits before the point."""
+    return ("GiB", 1024**3) if size >= 1024**3 else ("MiB", 1024**2)
 
 
 def title(plan: "Plan") -> str:
@@ -44,7 +54,7 @@ def title(plan: "Plan") -> str:
 
 def caption(plan: "Plan") -> str:
     """What the figures are, and what to change if nothing fits."""
-    basis = "The parts are those at the peak, by the event in which it occurs; bytes of tensors."
+    basis = "Parts are those at the moment of the peak. Tensors only: a CUDA context and fragmentation come on top."
     return basis if plan.advice is None else f"Nothing fits; {plan.advice.text}.\n{basis}"
 
 

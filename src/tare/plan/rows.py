@@ -8,7 +8,7 @@ from tare.core.storage import Storage
 from tare.methods import registry
 from tare.plan.activations import Moment, Precision, StepProfile, profile_model
 from tare.plan.resolve import Choice, applicable, resolve
-from tare.plan.steps import StepCost, state_bytes, step_cost, weight_bytes
+from tare.plan.steps import StepCost, step_cost
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -88,12 +88,6 @@ def plan_row(settings: Settings, key: str, budget: int | None = None) -> PlanRow
         events={name: fixed + moment.total for name, moment in moments.items()},
         note=note,
     )
-
-
-def least(settings: Settings, key: str) -> int:
-    """A lower bound of the peak that needs no tracked step: weights and state."""
-    state = state_bytes(settings.choice(key), settings.config, settings.dtype)
-    return weight_bytes(settings.config, settings.dtype) + state
 
 
 def shown_options(choice: Choice) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from typing import Any
 from tare.core.storage import Storage
 from tare.methods import registry
 from tare.plan.budget import format_bytes
-from tare.plan.rows import PlanRow, Settings, least, plan_row
+from tare.plan.rows import PlanRow, Settings, plan_row
+from tare.plan.steps import state_bytes, weight_bytes
 
 
 @dataclass(frozen=True)
@@ -42,32 +43,52 @@ def advise(settings: Settings, keys: list[str], budget: int) -> Advice:
     bf16 weights, shorter sequences. The first two do not change the training at all.
     """
     keys = sorted(keys, key=lambda key: registry.card(key).auto_rank)
+    bound = _Bound(budget)
     best: tuple[int, PlanRow, str] | None = None
-    floor: tuple[int, str, str] | None = None
+    floor: tuple[PlanRow, str] | None = None
     for key in keys:
         combinations = sorted(_combinations(settings, key), key=lambda both: both[0])
         for price, changed, flags in combinations:
             if best is not None and price >= best[0]:
                 break
-            if least(changed, key) > budget:
+            if not bound.may_fit(changed, key):
                 continue
             row = plan_row(changed, key, budget)
             if row.fits:
                 best = (price, row, flags)
                 break
         if best is None:
-            _, changed, flags = combinations[-1]
+            _, changed, flags = combinations[-1]  # everything that can be changed, changed as far as it goes
             row = plan_row(changed, key, budget)
-            if not row.note and (floor is None or row.peak < floor[0]):
-                floor = (row.peak, key, flags)
+            if not row.note and (floor is None or row.peak < floor[0].peak):
+                floor = (row, flags)
     if best is not None:
-        _, row, flags = best
-        text = f"the smallest change that fits: {flags or '(none)'} with method {row.method} ({format_bytes(row.peak)})"
-        return Advice(row.method, flags, row.peak, True, text)
-    assert floor is not None
-    peak, key, flags = floor
-    text = f"the least that is possible: {format_bytes(peak)} with method {key} {flags}".rstrip()
-    return Advice(key, flags, peak, False, text)
+        return _say("the smallest change that fits", best[1], best[2])
+    if floor is None:
+        return Advice(keys[0], "", 0, False, "none of these methods can run with these settings: leave out --release")
+    return _say("the least that is possible", *floor)
+
+
+def _say(what: str, row: PlanRow, flags: str) -> Advice:
+    command = f"--method {row.method} {flags}".rstrip()
+    return Advice(row.method, flags, row.peak, bool(row.fits), f"{what}: {command} ({format_bytes(row.peak)})")
+
+
+class _Bound:
+    """Rules out settings by weights, state and whole gradients, which cost next to nothing to know."""
+
+    def __init__(self, budget: int):
+        self._budget = budget
+        self._known: dict[tuple[str, ...], tuple[int, int]] = {}
+
+    def may_fit(self, settings: Settings, key: str) -> bool:
+        what = (key, settings.dtype, repr(settings.storage), repr(settings.hyper))
+        if what not in self._known:
+            weights = weight_bytes(settings.config, settings.dtype)
+            self._known[what] = weights, state_bytes(settings.choice(key), settings.config, settings.dtype)
+        weights, state = self._known[what]
+        gradients = 0 if settings.release and settings.accumulate == 1 else weights
+        return weights + state + gradients <= self._budget
 
 
 def _combinations(settings: Settings, key: str) -> Iterator[tuple[int, Settings, str]]:

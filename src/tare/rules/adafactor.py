@@ -110,7 +110,8 @@ class Adafactor(Transform):
             v = state["exp_avg_sq"]
             v.lerp_(g.square(), 1.0 - beta2)
             estimate = v.clone()
-        return self._clip(estimate.clamp_(min=self.eps[0] ** 2).rsqrt_().mul_(g))
+        floor = max(self.eps[0] ** 2, torch.finfo(estimate.dtype).tiny)  # 0 would make NaN of a zero gradient
+        return self._clip(estimate.clamp_(min=floor).rsqrt_().mul_(g))
 
     def describe(self) -> str:
         return "adafactor"

@@ -20,7 +20,7 @@ class Refresh:
 
     def epoch(self, previous: int, phase: float) -> int:
         """Number, from 1, of the period that the update after `previous` updates falls in."""
-        offset = int(phase * self.period) if self.stagger else 0
+        offset = int(phase * self.period + 1e-6) if self.stagger else 0  # 1 / 49 * 49 is below 1
         return (previous + offset) // self.period + 1
 
     def due(self, previous: int, phase: float, last: int) -> bool:

@@ -156,7 +156,7 @@ class Subspace(Transform):
             return None
         g = grad.reshape(step.leaf.matrix)
         if self.side == "both":
-            return self._both(g, state)[0]
+            return self._both(g, state, step)[0]
         side = self.side_of(*step.leaf.matrix)
         return self._project(g, self._basis(g, side, state, step), side, state)
 
@@ -182,7 +182,9 @@ class Subspace(Transform):
         )
         first = state["refreshed"] == 0
         for name, which in names:
-            if not state.kept(name):
+            if not state.kept(name):  # a seed: drawn again at every step
+                if not first:
+                    self._carry(state, None, g, which)
                 continue
             old = None if first else state[name]
             key = step.random_key(number, name)
@@ -214,12 +216,12 @@ class Subspace(Transform):
                 value = state[name].to(q.dtype)
                 state[name] = q @ value if side == "left" else value @ q.mT
 
-    def _basis(self, g: Tensor, side: Side, state: State, step: Step) -> Tensor:
-        if state.kept("basis"):
-            return state["basis"]
-        fresh = self.basis.compute(g, side, None, step.random_key(state["refreshed"], "basis"))
+    def _basis(self, g: Tensor, side: Side, state: State, step: Step, name: str = "basis") -> Tensor:
+        if state.kept(name):
+            return state[name]
+        fresh = self.basis.compute(g, side, None, step.random_key(state["refreshed"], name))
         assert fresh is not None
-        return fresh
+        return fresh.to(step.leaf.compute_dtype)
 
     # -- project and lift ------------------------------------------------------------------------------------------
 
@@ -255,7 +257,7 @@ class Subspace(Transform):
             else:
                 norm = whole_norm(wide) * phi
             phi.mul_(self.limiter.factor(norm, state["limiter_norm"]))
-        return Scaled(g, phi, direction.correction * (1.0 if self.scale_front else root))
+        return Scaled(g, phi, direction.correction * (1.0 if self.scale_front else root), direction.lr_inside)
 
     def _outside(self, g: Tensor, p: Tensor, projected: Tensor, direction: Dense, side: Side, state: State) -> Scaled:
         """Fira: S = (G - a lift(R)) * phi, limited; c_t multiplies afterwards in the published code."""
@@ -273,14 +275,15 @@ class Subspace(Transform):
             phi.mul_(self.limiter.factor(norm, state["limiter_norm"]))
         return Scaled(outside, phi, self.scale if paper else direction.correction)
 
-    def _both(self, g: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor]:
-        left, right = state["basis_left"], state["basis_right"]
+    def _both(self, g: Tensor, state: State, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        left = self._basis(g, "left", state, step, "basis_left")
+        right = self._basis(g, "right", state, step, "basis_right")
         with gemm.fast_matmul():
             r = (left.to(g.dtype).mT @ g) @ right.to(g.dtype)  # [r, r]
         return r.to(left.dtype), left, right
 
     def _two_sided(self, g: Tensor, state: State, step: Step, compressed: Tensor | None) -> Delta:
-        r, left, right = self._both(g, state)
+        r, left, right = self._both(g, state, step)
         if compressed is not None:
             r = r.add_(compressed)
         direction = self.rule.update(r, state, self._inner_step(step, state))

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from tare.testing.subject import FORMS, PERIOD, Subject, bits_equal, drive, gradient, leaves, same, snapshot
+from tare.testing.subject import FEW, FORMS, PERIOD, Subject, bits_equal, drive, gradient, leaves, same, snapshot
 
 KINDS = (0, PERIOD - 1, PERIOD)  # steps counted from 0: the first, an ordinary one, a refresh
 VICTIMS = ("tall.weight", "wide.weight", "square.weight", "conv.weight", "norm.weight")
@@ -16,10 +16,10 @@ def not_a_number_is_visible(subject: Subject) -> None:
     """One NaN: no exception, its leaf is visibly NaN, every other leaf is as if nothing had happened."""
     for storage in FORMS.values():
         for when in KINDS:
-            wanted = leaves()
+            wanted = leaves(FEW)
             drive(subject.build(wanted, storage=storage), wanted, 0, PERIOD + 3)
             for victim in VICTIMS[:2] if storage.moment != "fp32" else VICTIMS:
-                named = leaves()
+                named = leaves(FEW)
                 _with_fault(subject, named, victim, when, math.nan, storage)
                 what = f"NaN in {victim} at step {when}, {storage.moment} moments"
                 assert dict(named)[victim].isnan().any(), f"{what}: not visible"
@@ -31,7 +31,7 @@ def infinity_raises_nothing(subject: Subject) -> None:
     for storage in FORMS.values():
         for when in KINDS:
             for value in (math.inf, -math.inf):
-                named = leaves()
+                named = leaves(FEW)
                 _with_fault(subject, named, "tall.weight", when, value, storage)
                 others = [p for name, p in named if name != "tall.weight"]
                 assert all(torch.isfinite(p).all() for p in others), f"{value} at step {when} spread"
@@ -41,7 +41,7 @@ def zero_gradient_is_harmless(subject: Subject) -> None:
     """All-zero gradients at any step: weights stay finite and move again afterwards by steps of the usual size."""
     for form, storage in FORMS.items():
         for when in KINDS:
-            named = leaves()
+            named = leaves(FEW)
             optimizer = subject.build(named, storage=storage)
             drive(optimizer, named, 0, when)
             for _, p in named:
@@ -63,7 +63,7 @@ def basis_survives_a_bad_refresh(subject: Subject) -> None:
     gradient gives the new basis. Bases that do not look at the gradient are refreshed as ever."""
     for value in (math.nan, math.inf, 0.0):
         for victim in VICTIMS[:4]:
-            named = leaves()
+            named = leaves(FEW)
             optimizer = subject.build(named)
             drive(optimizer, named, 0, PERIOD)
             p = dict(named)[victim]

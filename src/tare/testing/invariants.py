@@ -6,14 +6,14 @@
 
 from collections.abc import Callable
 
-from tare.testing import costs, descent, faults, inputs, leaves, objects, quiet, repeat, resume
+from tare.testing import costs, descent, faults, inputs, objects, quiet, repeat, resume, shapes
 from tare.testing.subject import Subject
 
 Check = Callable[[Subject], None]
 
 INVARIANTS: dict[str, Check] = {
     check.__name__: check
-    for module in (inputs, descent, quiet, leaves, objects, resume, repeat, faults, costs)
+    for module in (inputs, descent, quiet, shapes, objects, resume, repeat, faults, costs)
     for check in module.CHECKS
 }
 

@@ -70,7 +70,8 @@ def words(subject: Subject) -> None:
     net = Net()
     optimizer = subject.build(net)
     text = repr(optimizer)
-    assert type(optimizer).__name__ in text and "lr" in text, text
+    assert type(optimizer).__name__ in text, text
+    assert "lr" in text, text
     table = optimizer.explain(every_leaf=True)
     for leaf in optimizer.leaves:
         assert leaf.name in table, f"{leaf.name} is not explained"

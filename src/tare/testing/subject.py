@@ -6,6 +6,7 @@ Gradients come from the counter-based generator, so that every check can be repe
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -69,14 +70,19 @@ class Subject:
 def leaves(names: tuple[str, ...] | None = None, dtype: torch.dtype = torch.float32) -> list[tuple[str, nn.Parameter]]:
     """(name, parameter) of the leaves above, with weights of unit size."""
     return [
-        (name, nn.Parameter(normal(make_key(1, name), SHAPES[name]).to(dtype)))
+        (name, nn.Parameter(_numbers(1, name, 0, SHAPES[name]).to(dtype, copy=True)))
         for name in (names if names is not None else tuple(SHAPES))
     ]
 
 
+@lru_cache(maxsize=4096)
+def _numbers(seed: int, name: str, step: int, shape: tuple[int, ...]) -> Tensor:
+    return normal(make_key(seed, name, step), shape)
+
+
 def gradient(name: str, step: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
     """A fixed gradient of a named leaf at a step: nothing depends on the weights."""
-    return normal(make_key(2, name, step), shape).to(dtype)
+    return _numbers(2, name, step, shape).to(dtype, copy=True)
 
 
 def drive(optimizer: torch.optim.Optimizer, named: list[tuple[str, nn.Parameter]], first: int, last: int) -> None:
@@ -121,7 +127,14 @@ def loss_of(net: nn.Module, number: int = 0) -> Tensor:
     return (net(tokens).float() - targets).square().mean()
 
 
-def train(optimizer: torch.optim.Optimizer, net: nn.Module, steps: int, after: Callable[[], Any] | None = None) -> float:
+@torch.no_grad()
+def measure(net: nn.Module) -> float:
+    return float(loss_of(net))
+
+
+def train(
+    optimizer: torch.optim.Optimizer, net: nn.Module, steps: int, after: Callable[[], Any] | None = None
+) -> float:
     """The loss after some steps on one batch."""
     for _ in range(steps):
         optimizer.zero_grad()
@@ -129,7 +142,7 @@ def train(optimizer: torch.optim.Optimizer, net: nn.Module, steps: int, after: C
         optimizer.step()
         if after is not None:
             after()
-    return float(loss_of(net))
+    return measure(net)
 
 
 def snapshot(named: Any) -> dict[str, Tensor]:

@@ -180,10 +180,9 @@ def build(*sources: Iterable[Given]) -> RunConfig:
         for item in source:
             earlier = seen.setdefault(item.path, item)
             if repr(earlier.value) != repr(item.value):
-                raise InputError(
-                    f"{item.where}: conflicts with {earlier.where} ({show(item.value)} against {show(earlier.value)}); "
-                    "give one of them"
-                )
+                other = "an earlier one" if item.where == earlier.where else earlier.where
+                values = f"{show(item.value)} against {show(earlier.value)}"
+                raise InputError(f"{item.where}: conflicts with {other} ({values}); give one of them")
             title, name, *key = item.path.split(".", 2)
             value = {**merged.get(f"{title}.{name}", {}), key[0]: item.value} if key else item.value
             merged[f"{title}.{name}"] = check(SECTIONS[title], name, value, item.where)
