@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Tokenizers, shards and plans of the tests go to a folder of the session (native code keeps the user's cache)."""
+    """Tokenizers, shards and plans of the tests and the native library go to a folder of the session."""
     if "TARE_CACHE" in os.environ:
         yield Path(os.environ["TARE_CACHE"])
         return

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from train_runs import config, fingerprint, finish, kill_after, send, start, wait_for
 
 from tare.core.errors import CheckpointError
+from tare.kernels import gemm
 from tare.train import metrics
 from tare.train.config import RunConfig
 from tare.train.loop import train
 from tare.train.progress import Event, StepDone
+from tare.train.seeds import arithmetic, restore_arithmetic
 
 # @n: the n-th time the stage is reached; at the second, there is a checkpoint to lose.
 STAGES = [
@@ -268,3 +271,20 @@ def test_a_finished_run_may_be_resumed_and_extended(tmp_path: Path) -> None:
     assert more.steps == 12
     assert (out / "model" / "config.json").exists()
     assert any("train.steps was 10 and is now 12" in line.get("text", "") for line in more.history)
+
+
+@pytest.mark.parametrize("was", [True, False])
+def test_the_matrix_library_of_the_first_process_is_used_again(was: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process settles it by a timing; a resumed run must not depend on how busy the machine is then."""
+    monkeypatch.delenv("TARE_GEMM", raising=False)
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(gemm, "_fast", was)
+    saved = arithmetic(cpu)
+    monkeypatch.setattr(gemm, "_fast", not was)
+    monkeypatch.setattr(gemm, "_line", "the alternative is 1.10 times as fast")
+    assert restore_arithmetic(saved, cpu) == []
+    assert gemm._fast is was
+    monkeypatch.setattr(gemm, "_fast", False)
+    monkeypatch.setattr(gemm, "_line", "the alternative has relative error 4e-03")  # here it may not be used
+    assert [text.split()[0] for text in restore_arithmetic(saved, cpu)] == ["fast_matmul"] * was
+    assert restore_arithmetic({**arithmetic(cpu), "torch": "1.0"}, cpu)[0].startswith("torch was 1.0 and is now")

@@ -1,6 +1,7 @@
 """Progress on stderr while a command trains: what will be done and needed first, then one live line."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -10,35 +11,34 @@ from tare.train.config import RunConfig
 if TYPE_CHECKING:
     from tare.train.progress import Event
 
+PATIENCE = 5.0  # seconds
+
 
 @contextmanager
 def watching(config: RunConfig) -> "Iterator[Callable[[Event], None]]":
     """Gives the listener to hand to `train` or `compare`.
 
-    Where stderr is no terminal, what is noted while a run is prepared is shown once it starts: if it cannot start, the
-    one line that says why stands alone.
+    Where stderr is no terminal, work before the first step is told of only when it takes a while: so the one line that
+    says why a run cannot start stands alone.
     """
     from tare.cli.output import console
     from tare.report.compare import MethodBegins
-    from tare.train.progress import Note, RichProgress, Started
+    from tare.train.progress import Note, RichProgress, Started, Working
 
     with RichProgress(console(sys.stderr)) as show:
-        waiting: list[Event] = []
+        began = time.monotonic()
 
         def listen(event: "Event") -> None:
             if isinstance(event, MethodBegins):
                 show.label = f"{event.method} ({event.number}/{event.count}): "
-                waiting.clear()
-            elif isinstance(event, Note) and not show.console.is_terminal:
-                waiting.append(event)
-            else:
-                for each in waiting:
-                    show(each)
-                waiting.clear()
-                if isinstance(event, Started):
-                    for line in summary(config, event.predicted):
-                        show(Note(line))
-                show(event)
+                return
+            quiet = not show.console.is_terminal and time.monotonic() - began < PATIENCE
+            if isinstance(event, Working) and quiet:
+                return
+            if isinstance(event, Started):
+                for line in summary(config, event.predicted):
+                    show(Note(line))
+            show(event)
 
         yield listen
 

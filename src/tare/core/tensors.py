@@ -1,5 +1,7 @@
 """Small facts about tensors that several rooms need: fake or real, healthy or not, how to reduce to a Python number."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -16,10 +18,11 @@ def healthy(tensor: Tensor) -> bool:
     """Finite and not all zero: fit to compute a basis from. One device synchronisation; True for fake tensors."""
     if is_fake(tensor):
         return True
-    # The sum of absolute values is finite and positive exactly when every entry is finite and some entry is not zero
-    # (overflow of the sum of finite entries counts as unhealthy, which is right for a basis too).
-    total = tensor.abs().sum(dtype=torch.float64)
-    return bool(torch.isfinite(total) & (total > 0))
+    if tensor.numel() == 0:
+        return False
+    # One pass without temporaries; NaN comes out at both ends.
+    low, high = torch.stack(torch.aminmax(tensor)).tolist()
+    return math.isfinite(low) and math.isfinite(high) and (low != 0.0 or high != 0.0)
 
 
 def column_norms(x: Tensor, dim: int) -> Tensor:

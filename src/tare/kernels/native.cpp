@@ -186,7 +186,8 @@ template <class W, class G> struct Lion {
         I top{};
         for (int i = 0; i < n; i += L) {
             F gi = read(g + i), m = value<true>(c1 + i, *a1), u = m * s.beta1 + gi * s.rest1;
-            F sign = __builtin_convertvector((I)(u < 0.0f) - (I)(u > 0.0f), F);
+            // u * 0 hands a NaN on, which neither comparison would: it must not freeze its weight unseen
+            F sign = __builtin_convertvector((I)(u < 0.0f) - (I)(u > 0.0f), F) + u * 0.0f;
             m = m * s.beta2 + gi * s.rest2;
             top = max(top, magnitude(m));
             store(m_ + i, m);

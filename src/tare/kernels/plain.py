@@ -80,7 +80,8 @@ def lion8bit_(
     for at, of in _chunks(w, block):
         gradient = g[at].to(torch.float32)
         m = blockwise.decode(q[at], absmax[of], True, block)
-        update = (m * beta1).add_(gradient * (1 - beta1)).sign_()
+        read_out = (m * beta1).add_(gradient * (1 - beta1))
+        update = read_out.sign().addcmul_(read_out, read_out.new_zeros(()))  # a NaN stays one; its sign alone is 0
         m.mul_(beta2).add_(gradient * (1 - beta2))
         blockwise.encode_into(m, q[at], absmax[of], True, block)
         _write(w[at], update, decay, alpha, key, start + at.start)

@@ -7,7 +7,7 @@ from torch import Tensor
 from tare.core.recipe import Match, Recipe
 from tare.core.storage import Storage
 from tare.methods.base import TARGETS, Method
-from tare.methods.galore import LLAMA_RANKS, side_name
+from tare.methods.galore import LLAMA_RANKS, llama_presets, side_name
 from tare.methods.registry import Card, register
 from tare.rules.adam import Adam
 from tare.subspace.bases import Basis, make_basis
@@ -33,7 +33,7 @@ _LIMITS = (
     "Needs the whole gradient of a matrix: no small accumulation in release mode.",
     "Embedding, head and norms keep dense Adam.",
 )
-_RANKS = {**LLAMA_RANKS, "llama-130m": 192, "llama-1b": 256, "llama-7b": 256}
+_RANKS = {**LLAMA_RANKS, "130m": 192, "1b": 256, "7b": 256}
 
 CARD = Card(
     key="apollo",
@@ -48,7 +48,7 @@ CARD = Card(
         "lr": "1e-2", "rank": "128, 192, 256, 256, 256 (60M to 7B; about s/4)", "period": "200", "scale": "1",
         "gamma": "1.01", "eps": "1e-6 (code)", "weight_decay": "0",
     },
-    presets={**{n: {"lr": 1e-2, "rank": r} for n, r in _RANKS.items()}, "*": {"lr": 1e-2, "rank": 256}},
+    presets={**llama_presets({"lr": 1e-2}, _RANKS), "*": {"lr": 1e-2, "rank": 256}},
     limits=_LIMITS,
     differences=_DIFFERENCES,
     auto_rank=30,
@@ -69,6 +69,7 @@ MINI_CARD = Card(
     },
     presets={
         "llama-60m": {"lr": 1e-2, "scale_front": True}, "llama-130m": {"lr": 1e-2, "scale": 192.0, "scale_front": True},
+        **{f"llama-{name}": {"lr": 1e-2, "period": 50} for name in ("tiny", "9m", "20m")},
         "*": {"lr": 1e-2},
     },
     limits=_LIMITS,

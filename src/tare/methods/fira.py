@@ -7,7 +7,7 @@ from torch import Tensor
 from tare.core.recipe import Match, Recipe
 from tare.core.storage import Storage
 from tare.methods.base import TARGETS, Method
-from tare.methods.galore import LLAMA_RANKS, side_name
+from tare.methods.galore import llama_presets, side_name
 from tare.methods.registry import Card, register
 from tare.rules.adam import Adam
 from tare.subspace.bases import Basis, make_basis
@@ -34,7 +34,7 @@ CARD = Card(
         "scale": "0.25 (alpha; 0.0625 at 1B and 7B)", "gamma": "1.01", "eps": "1e-6 (code)", "form": "code",
     },
     presets={
-        **{name: {"lr": 1e-2, "rank": rank} for name, rank in LLAMA_RANKS.items()},
+        **llama_presets({"lr": 1e-2}),
         "llama-1b": {"lr": 1e-2, "rank": 512, "scale": 0.0625},
         "llama-7b": {"lr": 5e-3, "rank": 64, "scale": 0.0625, "period": 500},
         "*": {"lr": 1e-2, "rank": 128},

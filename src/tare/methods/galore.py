@@ -13,14 +13,18 @@ from tare.subspace.bases import Basis, make_basis
 from tare.subspace.refresh import Refresh
 from tare.subspace.wrapper import Subspace
 
-LLAMA_RANKS = {
-    "llama-tiny": 32,
-    "llama-9m": 64,
-    "llama-20m": 96,
-    "llama-60m": 128,
-    "llama-130m": 256,
-    "llama-350m": 256,
-}
+# Ranks of the paper for 60M to 350M, and the same share of the width (a quarter) below.
+LLAMA_RANKS = {"tiny": 32, "9m": 64, "20m": 96, "60m": 128, "130m": 256, "350m": 256}
+
+
+def llama_presets(common: dict[str, Any], ranks: dict[str, int] | None = None) -> dict[str, dict[str, Any]]:
+    """Arguments by named model. The small ones run for hundreds of steps, not 10,000: their bases live 50 steps."""
+    short = ("tiny", "9m", "20m")
+    return {
+        f"llama-{name}": {**common, "rank": rank, **({"period": 50} if name in short else {})}
+        for name, rank in (ranks or LLAMA_RANKS).items()
+    }
+
 
 CARD = Card(
     key="galore",
@@ -39,7 +43,7 @@ CARD = Card(
         "period": "200 (500 at 7B)", "scale": "0.25", "eps": "1e-6 (code; paper 1e-8)", "weight_decay": "0",
     },
     presets={
-        **{name: {"lr": 1e-2, "rank": rank} for name, rank in LLAMA_RANKS.items()},
+        **llama_presets({"lr": 1e-2}),
         "llama-1b": {"lr": 1e-2, "rank": 512},
         "llama-7b": {"lr": 5e-3, "rank": 1024, "period": 500},
         "*": {"lr": 1e-2, "rank": 128},

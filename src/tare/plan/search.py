@@ -11,9 +11,9 @@ from typing import Any
 
 from tare.core.storage import Storage
 from tare.methods import registry
+from tare.plan.bound import Bound
 from tare.plan.budget import format_bytes
 from tare.plan.rows import PlanRow, Settings, plan_row
-from tare.plan.steps import state_bytes, weight_bytes
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def advise(settings: Settings, keys: list[str], budget: int) -> Advice:
     bf16 weights, shorter sequences. The first two do not change the training at all.
     """
     keys = sorted(keys, key=lambda key: registry.card(key).auto_rank)
-    bound = _Bound(budget)
+    bound = Bound(budget)
     best: tuple[int, PlanRow, str] | None = None
     floor: tuple[PlanRow, str] | None = None
     for key in keys:
@@ -72,23 +72,6 @@ def advise(settings: Settings, keys: list[str], budget: int) -> Advice:
 def _say(what: str, row: PlanRow, flags: str) -> Advice:
     command = f"--method {row.method} {flags}".rstrip()
     return Advice(row.method, flags, row.peak, bool(row.fits), f"{what}: {command} ({format_bytes(row.peak)})")
-
-
-class _Bound:
-    """Rules out settings by weights, state and whole gradients, which cost next to nothing to know."""
-
-    def __init__(self, budget: int):
-        self._budget = budget
-        self._known: dict[tuple[str, ...], tuple[int, int]] = {}
-
-    def may_fit(self, settings: Settings, key: str) -> bool:
-        what = (key, settings.dtype, repr(settings.storage), repr(settings.hyper))
-        if what not in self._known:
-            weights = weight_bytes(settings.config, settings.dtype)
-            self._known[what] = weights, state_bytes(settings.choice(key), settings.config, settings.dtype)
-        weights, state = self._known[what]
-        gradients = 0 if settings.release and settings.accumulate == 1 else weights
-        return weights + state + gradients <= self._budget
 
 
 def _combinations(settings: Settings, key: str) -> Iterator[tuple[int, Settings, str]]:

@@ -9,7 +9,6 @@ A finished method is not run again on resume; an unfinished one goes on from its
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,10 +137,6 @@ def check_method(config: RunConfig) -> None:
     from tare.train.session import build_optimizer, device_of, resolve
 
     device_of(config.run.device)
-    if config.run.tensorboard and find_spec("tensorboard") is None:
-        raise InputError(
-            'run.tensorboard: TensorBoard is not installed; pip install "tare[tensorboard]", or leave it off'
-        )
     if config.method.key != "auto":
         build_optimizer(resolve(config), nn.Linear(4, 4))
 

@@ -72,8 +72,8 @@ def temporaries_stay_below_one_matrix(subject: Subject) -> None:
     rank = min(32, subject.options["rank"]) if "rank" in subject.options else None
     optimizer = subject.build(layer, **({"rank": rank, "period": 10**6} if rank else {}))
     extra, matrix = extra_bytes(optimizer, layer, LARGE, refresh=False), 4 * LARGE[0] * LARGE[1]
-    # 2 % for the low-rank pieces: R, N and norms are r x l, of which r = 32 makes 2 % of m x n each.
-    assert extra <= 1.1 * matrix, f"{extra / matrix:.2f} of the matrix"
+    # Besides one full matrix: R and N of r x l (r = 32 makes 2 % of m x n each), and 1 MiB of products in a norm.
+    assert extra <= 1.2 * matrix, f"{extra / matrix:.2f} of the matrix"
 
 
 def _micro(net: nn.Module, number: int, of: int) -> Tensor:

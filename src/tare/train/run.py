@@ -149,7 +149,7 @@ class RunFolder:
         """Remove what a killed process left, and put back a model whose replacement never came."""
         for place in (self.path, self.checkpoints):
             if place.is_dir():
-                integrity.sweep(place, ("config.yaml", "metrics.jsonl", "model", "step-"))
+                integrity.sweep(place, ("config.yaml", "metrics.jsonl", "model", "step-", "report.html", "row.json"))
         old = self.model.with_name(f"{self.model.name}.old")
         if old.exists() and not self.model.exists():
             os.rename(old, self.model)
