@@ -83,6 +83,7 @@ TABLE: list[tuple[str, int, str]] = [
     (MODEL + " {f}/torn", 2, r"torn: the weights cannot be read"),
     (MODEL + " {f}/pickled", 2, r"pytorch_model\.bin: pickled weights are never loaded"),
     ("plan", 2, r"MODEL: missing; give a named size such as llama-7b"),
+    ("plan {tiny} --method lion --methods lion", 2, r"--methods: conflicts with --method"),
     ("plan llama-tin", 2, r"model 'llama-tin' .*did you mean 'llama-tiny'"),
     ("plan {tiny} --seq 999", 2, r"seq.* 999 .*64 positions"),
     ("methods --model nope", 2, r"model 'nope' .*named models: llama-tiny"),

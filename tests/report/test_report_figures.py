@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tare.report.figures import Bar, Line, bar_chart, line_chart, smooth, thin, ticks
+from tare.report.figures import Bar, Line, bar_chart, legend, line_chart, smooth, thin, ticks
 from tare.report.html import page
 from tare.report.rows import CATEGORIES, Row
 
@@ -69,8 +69,17 @@ def test_bars_are_as_long_as_they_say() -> None:
     bars = [Bar("a", "predicted", (("weights", 100), ("state", 50)), 150), Bar("a", "measured", (), 300)]
     svg = ElementTree.fromstring(bar_chart(bars, CATEGORIES, limit=600))
     widths = [float(rect.attrib["width"]) for rect in svg.iter("rect")]
-    assert widths[0] == 2 * widths[1]
+    assert abs(widths[0] - 2 * widths[1]) < 0.2  # coordinates are written to a tenth
     assert abs(widths[2] - 2 * (widths[0] + widths[1])) < 0.5
+
+
+def test_the_legend_names_the_colours_of_the_bars() -> None:
+    chart = bar_chart([Bar("a", "measured", (("weights", 3), ("state", 2), ("rest", 1)), 6)], CATEGORIES)
+    keys = dict(
+        re.findall(r'background:(var\([^)]*\))"></i>(\w+)', legend(["weights", "state"], CATEGORIES, rest=True))
+    )
+    bars = re.findall(r'fill="(var\([^)]*\))"><title>a, measured: (\w+)', chart)
+    assert bars == list(keys.items())
 
 
 def test_the_page_is_self_contained_and_escaped() -> None:

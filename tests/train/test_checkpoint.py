@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 import resource
 import shutil
 import signal
@@ -296,3 +297,25 @@ def test_mutated_manifests_and_json_raise_only_our_error(tmp_path: Path) -> None
         (path / "manifest.json").write_bytes(integrity._manifest(plain))
         with pytest.raises(CheckpointError):
             checkpoint.load(path, 3)
+
+
+def test_code_planted_in_any_file_never_runs(tmp_path: Path) -> None:
+    """Even under a manifest that vouches for it."""
+    marker = tmp_path / "ran"
+
+    class Payload:
+        def __reduce__(self) -> Any:
+            return Path.touch, (marker,)
+
+    for name in (checkpoint.WEIGHTS, checkpoint.TENSORS, checkpoint.OPTIMIZER, checkpoint.TRAINER):
+        path = save(tmp_path / "c", 3)
+        (path / name).write_bytes(pickle.dumps(Payload()))
+        manifest = integrity.read_manifest(path)
+        manifest.pop("sha256")
+        fact = {"size": (path / name).stat().st_size, "sha256": integrity.sha256_file(path / name)}
+        manifest["files"][name] = fact
+        (path / "manifest.json").write_bytes(integrity._manifest(manifest))
+        integrity.verify(path)
+        with pytest.raises(CheckpointError, match=f"{name}: damaged"):
+            checkpoint.load_latest(tmp_path / "c")
+        assert not marker.exists()

@@ -36,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
     config = resolve(args, model)
     if not model and not args.config and not any(given.path == "model.name" for given in args.settings):
         raise InputError("MODEL: missing; give a named size such as llama-7b, or a transformers folder")
+    if args.methods is not None and any(given.path == "method.key" for given in args.settings):
+        raise InputError("--methods: conflicts with --method; give one of them")
     methods = method_list(args.methods, "--methods")
     if methods is None and config.method.key != "auto":
         methods = method_list(config.method.key, "--method")

@@ -85,7 +85,7 @@ class Optimizer(torch.optim.Optimizer):
             "maximize": bool(maximize),
         }
         super().__init__(as_groups(params), {**defaults, **live})
-        unused = recipe.unused(self._used)
+        unused = recipe.unused(self._used, self.leaves)
         if unused:
             names = ", ".join(leaf.name for leaf in self.leaves[:4])
             raise InputError(f"recipe: pattern {unused[0]} matches no parameter; names look like {names}")

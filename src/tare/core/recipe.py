@@ -53,12 +53,12 @@ class Recipe:
             "add an entry, or '*' for the rest"
         )
 
-    def unused(self, used: set[int]) -> list[str]:
+    def unused(self, used: set[int], leaves: list[Leaf]) -> list[str]:
         """Patterns on names that claimed nothing: almost always a spelling mistake. Roles and '*' may stay unused."""
         return [
-            repr(match)
+            repr(part)
             for number, (match, _) in enumerate(self.entries)
-            if number not in used
             for part in (match if isinstance(match, tuple) else (match,))
             if isinstance(part, str) and part != "*" and part not in ROLES
+            if number not in used or not any(matches(part, leaf) for leaf in leaves)
         ]

@@ -16,16 +16,19 @@ if TYPE_CHECKING:
 
 
 class Bound:
-    """Remembers what it has found out about one model and budget."""
+    """Remembers what it has found out about one model and one budget."""
 
     def __init__(self, budget: int):
         self._budget = budget
+        self._weights: dict[str, int] = {}
         self._state: dict[tuple[str, ...], int] = {}
         self._step: dict[tuple[object, ...], tuple[int, int, int]] = {}
 
     def may_fit(self, settings: Settings, key: str) -> bool:
         """False only if the method certainly does not fit."""
-        weights = weight_bytes(settings.config, settings.dtype)
+        if settings.dtype not in self._weights:
+            self._weights[settings.dtype] = weight_bytes(settings.config, settings.dtype)
+        weights = self._weights[settings.dtype]
         what = (key, settings.dtype, repr(settings.storage), repr(settings.hyper))
         if what not in self._state:
             self._state[what] = state_bytes(settings.choice(key), settings.config, settings.dtype)

@@ -1,6 +1,6 @@
 """`tare bench step`: the optimizer step alone on a model's exact shapes, as ratios to torch's fused AdamW in the same process.
 
-The result is one JSON document with every round in it; tables in the docs are made from it by `markdown`, never by hand.
+The result is one JSON document with every round in it; tables in the docs are made from it by `bench_tables`, never by hand.
 """
 
 import argparse
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from tare.report.bench_rows import Ranks, Spec
 
 FORMAT = 1
-ADAMW_BYTES = 28  # an fp32 AdamW step reads W, G, M, V and writes W, M, V: 7 x 4 bytes for each parameter
-MIB = 2**20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,6 +60,8 @@ def run(argv: list[str]) -> int:
 
 def run_parsed(args: argparse.Namespace) -> int:
     """The same, from parsed arguments."""
+    from tare.report import bench_tables
+
     names = [name.strip() for name in args.methods.split(",") if name.strip()] if args.methods else None
     result = bench_step(
         args.shapes, names, rounds=args.rounds, threads=args.threads, seed=args.seed, peers=args.peers,
@@ -72,7 +72,7 @@ def run_parsed(args: argparse.Namespace) -> int:
         target = Path(args.out)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result) if args.json else text(result))
+    print(json.dumps(result, indent=1) if args.json else bench_tables.text(result))
     return 0
 
 
@@ -242,6 +242,8 @@ def _label(spec: "Spec", ranks: "Ranks") -> str:
 def _bandwidth(bar_ms: float, parameters: int) -> dict[str, float]:
     from tare.report.bench_timing import bandwidth
 
+    from tare.report.bench_tables import ADAMW_BYTES
+
     found = bandwidth()
     moved = ADAMW_BYTES * parameters / bar_ms / 1e6
     return {
@@ -340,115 +342,3 @@ def _shown(path: str) -> str:
 
 def _line(fault: BaseException) -> str:
     return (str(fault).strip().splitlines() or [type(fault).__name__])[0][:200]
-
-
-# -- tables ----------------------------------------------------------------------------------------------------------
-
-Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
-
-
-def tables(result: dict[str, Any]) -> list[Table]:
-    """Header and cells of the tables of one result: steps, refreshes, staggered periods."""
-    count = result["shapes"]["parameters"]
-    steps = [
-        (
-            row["label"], f"{row['ratio']['median']:.2f}", f"{row['ratio']['q1']:.2f}-{row['ratio']['q3']:.2f}",
-            f"{row['ms_median']:.1f}", f"{row['state_bytes'] / 1e6:.1f}", f"{row['state_bytes'] / count:.2f}",
-            f"{row['temporary_bytes'] / MIB:.1f}",
-        )
-        for row in result["rows"]
-    ]  # fmt: skip
-    found: list[Table] = [(("step", "x fused AdamW", "25-75 %", "ms", "state MB", "B/param", "temporaries MiB"), steps)]
-    if result["refreshes"]:
-        cells = [
-            (
-                row["label"], f"{_middle(row['refresh_ms']):.0f}", f"{_middle(row['plain_ms']):.0f}",
-                f"{row['spike']['median']:.1f}", f"{row['amortised_ratio']['median']:+.3f}",
-                f"{row['amortised_ratio']['q1']:.3f}-{row['amortised_ratio']['q3']:.3f}",
-            )
-            for row in result["refreshes"]
-        ]  # fmt: skip
-        found.append(
-            (
-                (
-                    "refresh of all matrices in one step",
-                    "ms",
-                    "ordinary ms",
-                    "x ordinary",
-                    "amortised x fused",
-                    "25-75 %",
-                ),
-                cells,
-            )
-        )
-    if result["staggered"]:
-        cells = [
-            (
-                row["label"], f"{row['median_ms']:.1f}", f"{row['mean_ms']:.1f}", f"{row['worst_ms']:.1f}",
-                f"{row['worst_over_median']:.2f}", str(row["steps_over_twice_median"]),
-                f"{row['bar']['worst_over_median']:.2f}",
-            )
-            for row in result["staggered"]
-        ]  # fmt: skip
-        header = (
-            "a whole period",
-            "median ms",
-            "mean",
-            "worst",
-            "worst / median",
-            "steps > 2 x median",
-            "the bar's worst / median",
-        )
-        found.append((header, cells))
-    return found
-
-
-def _middle(values: list[float]) -> float:
-    import statistics
-
-    return statistics.median(values)
-
-
-def notes(result: dict[str, Any]) -> list[str]:
-    """What has to be said beside the numbers."""
-    band, shapes, device = result["bandwidth"], result["shapes"], result["device"]
-    commit = (result["commit"] or "unknown")[:12] + (
-        " with uncommitted changes" if result["uncommitted_changes"] else ""
-    )
-    lines = [
-        f"{shapes['name']}: {shapes['parameters']:,} parameters, {shapes['projected_matrices']} projected matrices, fp32; "
-        f"largest linear {shapes['largest_linear_bytes'] / MIB:.2f} MiB, largest matrix {shapes['largest_matrix_bytes'] / MIB:.2f} MiB",
-        f"{result['threads']} threads of {device['processor']} ({', '.join(device['instructions'])}); torch {result['versions']['torch']}; "
-        f"{result['rounds']} interleaved rounds",
-        f"{result['matrix_library']}; {result['native']}",
-        f"fused AdamW moves {band['bar_gb_s']:.0f} GB/s ({ADAMW_BYTES} B a parameter); a copy reaches {band['copy_gb_s']:.0f}, "
-        f"an update in place {band['in_place_gb_s']:.0f} GB/s; load average {result['load_before']:.2f} before, {result['load_after']:.2f} after",
-        f"{result['command']} (commit {commit}, {result['date'][:10]})",
-    ]
-    if result["absent"]:
-        lines.append("not run: " + ", ".join(f"{row['key']} ({row['reason']})" for row in result["absent"]))
-    return lines
-
-
-def text(result: dict[str, Any]) -> str:
-    """The result for a terminal."""
-    parts = []
-    for header, rows in tables(result):
-        widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-        lines = [
-            "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-            for row in (header, *rows)
-        ]
-        parts.append("\n".join([lines[0], "-" * len(lines[0]), *lines[1:]]))
-    return "\n\n".join([*parts, "\n".join(notes(result))])
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """The result as Markdown tables, for the docs."""
-    parts = []
-    for header, rows in tables(result):
-        rule = "|---" + "|---:" * (len(header) - 1) + "|"
-        parts.append(
-            "\n".join(["| " + " | ".join(header) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows)])
-        )
-    return "\n\n".join([*parts, "\n".join(f"- {line}" for line in notes(result))]) + "\n"

@@ -40,7 +40,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers (1, 2 or 5 times a power of ten) that cover the range.
 
     >>> ticks(3.2, 8.4)
-    [4.0, 5.0, 6.0, 7.0, 8.0]
+    [4.0, 6.0, 8.0]
     """
     if not high > low:
         return [low]
@@ -154,8 +154,7 @@ def bar_chart(bars: list[Bar], categories: list[str], limit: int | None = None, 
         marks.append(f'<text class="tick" x="{left - 8}" y="{y + 13:.1f}" text-anchor="end">{escape(bar.label)}</text>')
         x = float(left)
         for category, size in bar.parts or (("", bar.total),):
-            number = categories.index(category) % PARTS + 1 if category in categories else 0
-            colour = f"var(--part-{number})" if number else "var(--quiet)"
+            colour = part_colour(category, categories)
             title = f"{bar.group}, {bar.label}: {category or 'peak'} {format_bytes(size)}"
             marks.append(
                 f'<rect class="{"part pale" if bar.hatched else "part"}" x="{x:.1f}" y="{y:.1f}" '
@@ -174,9 +173,18 @@ def bar_chart(bars: list[Bar], categories: list[str], limit: int | None = None, 
     return _svg(width, round(y + 4), "peak memory, predicted and measured", marks)
 
 
-def legend(categories: list[str], rest: bool = False) -> str:
+def part_colour(category: str, categories: list[str]) -> str:
+    """The colour of a part of a bar; quiet for what is no category.
+
+    >>> part_colour("b", ["a", "b"]), part_colour("rest", ["a", "b"])
+    ('var(--part-2)', 'var(--quiet)')
+    """
+    return f"var(--part-{categories.index(category) % PARTS + 1})" if category in categories else "var(--quiet)"
+
+
+def legend(shown: list[str], categories: list[str], rest: bool = False) -> str:
     """What the colours of the parts mean; `rest`: whether there are parts that measuring did not tell apart."""
-    keys = [(f"var(--part-{i % PARTS + 1})", category) for i, category in enumerate(categories)]
+    keys = [(part_colour(category, categories), category) for category in shown]
     keys += [("var(--quiet)", "rest, measured as one")] if rest else []
     items = [f'<span class="key"><i style="background:{colour}"></i>{escape(text)}</span>' for colour, text in keys]
     return f'<p class="legend">{"".join(items)}</p>'

@@ -57,8 +57,9 @@ def page(rows: list[Row], settings: dict[str, dict[str, Any]], budget: int | Non
     if bars:
         shown = [name for name in CATEGORIES if any(name == part for bar in bars for part, _ in bar.parts)]
         rest = any(part == "rest" for bar in bars for part, _ in bar.parts)
-        parts.append("<h2>Memory at the peak of a step</h2>" + (legend(shown, rest) if shown else ""))
+        parts.append("<h2>Memory at the peak of a step</h2>" + (legend(shown, CATEGORIES, rest) if shown else ""))
         parts.append(bar_chart(bars, CATEGORIES, budget))
+        parts.append('<p class="note">Paler bars: predicted before the run. Full bars: measured in it.</p>')
     parts.append("<h2>Settings</h2>" + _settings(rows, settings))
     body = "\n".join(parts)
     return (

@@ -46,7 +46,7 @@ def table(plan: "Plan", unit: str, size: int) -> "Table":
     from rich import box
     from rich.table import Table
 
-    found = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    found = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_edge=False)
     found.add_column(unit, no_wrap=True)
     for name in PARTS:
         found.add_column(name, justify="right", no_wrap=True, style="bold" if name == "peak" else None)

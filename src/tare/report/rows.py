@@ -103,7 +103,7 @@ def table(rows: list[Row]) -> "Table":
     from rich import box
     from rich.table import Table
 
-    found = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    found = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_edge=False)
     for title in COLUMNS:
         found.add_column(title, justify="left" if title == "method" else "right", no_wrap=True)
     best = min((row.loss for row in rows if row.loss is not None), default=None)
@@ -120,7 +120,7 @@ def memory_table(row: Row) -> "Table":
     from rich import box
     from rich.table import Table
 
-    found = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    found = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_edge=False)
     found.add_column("MiB at the peak")
     for title in ("predicted", "measured", "difference"):
         found.add_column(title, justify="right")

@@ -46,10 +46,20 @@ class Adam(Transform):
         return b1, b2, root / (1.0 - b1**step.count), eps
 
     def update(self, grad: Tensor, state: State, step: Step, compressed: Tensor | None = None) -> Delta:
+        return self._direction(grad, state, step, spent=False)
+
+    def consume(self, grad: Tensor, state: State, step: Step) -> Dense:
+        """`update` for a gradient that is not needed afterwards (a projected one): U may take its memory."""
+        return self._direction(grad, state, step, spent=True)
+
+    def _direction(self, grad: Tensor, state: State, step: Step, spent: bool) -> Dense:
+        quantised = self._native_direction(grad, state, step, spent)
+        if quantised is not None:
+            return quantised
         b1, b2, c, eps = self.factors(step)
         m, v = state["exp_avg"], state["exp_avg_sq"]
         if self._small_fused(grad, m, v):
-            return self._fused_direction(grad, m, v, step)
+            return self._fused_direction(grad, m, v, step, spent)
         g = grad.to(m.dtype).view_as(m)
         m.mul_(b1).add_(g, alpha=1.0 - b1)
         v.mul_(b2).addcmul_(g, g, value=1.0 - b2)
@@ -60,12 +70,30 @@ class Adam(Transform):
         same = grad.dtype == m.dtype == v.dtype and grad.dtype in (torch.float32, torch.float64)
         return same and grad.is_contiguous() and m.is_contiguous() and v.is_contiguous() and grad.shape == m.shape
 
-    def _fused_direction(self, grad: Tensor, m: Tensor, v: Tensor, step: Step) -> Dense:
-        """The fused kernel on a zero tensor in place of the parameter gives u = -U: the plain twin's numbers, one pass."""
+    def _fused_direction(self, grad: Tensor, m: Tensor, v: Tensor, step: Step, spent: bool) -> Dense:
+        """The fused kernel on a zero tensor in place of the parameter gives u = -U: the plain twin's numbers, one pass.
+
+        Where the gradient is spent, it stands in the place of the parameter itself, and a decay of 1 makes it zero.
+        """
         c = self.factors(step)[2]
-        u = torch.zeros_like(grad)
-        self._fused([u], [grad], [m], [v], step, lr=1.0, weight_decay=0.0, maximize=False)
+        u = grad if spent else torch.zeros_like(grad)
+        self._fused([u], [grad], [m], [v], step, lr=1.0, weight_decay=1.0 if spent else 0.0, maximize=False)
         return Dense(u, scale=-1.0, correction=c)
+
+    def _native_direction(self, grad: Tensor, state: State, step: Step, spent: bool) -> Dense | None:
+        """The same with 8-bit moments, by the native kernel, without decoding them whole; None where it cannot."""
+        slots, raw = state.slots, state.raw
+        if state.window is not None or slots["exp_avg"].form != "int8" or slots["exp_avg_sq"].form != "int8":
+            return None
+        if grad.dtype != torch.float32 or not grad.is_contiguous() or not native.available():
+            return None
+        b1, b2, c, eps = self.factors(step)
+        u = grad if spent else torch.zeros_like(grad)
+        done = native.adamw8bit_(
+            u, grad, raw["exp_avg_codes"], raw["exp_avg_absmax"], raw["exp_avg_sq_codes"], raw["exp_avg_sq_absmax"],
+            alpha=1.0, decay=0.0, beta1=b1, beta2=b2, eps=eps, block=slots["exp_avg"].block,
+        )  # fmt: skip
+        return Dense(u, scale=-c, correction=c) if done else None
 
     def _fused(
         self,

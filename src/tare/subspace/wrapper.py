@@ -20,6 +20,7 @@ from tare.core.storage import Storage
 from tare.core.tensors import column_norms, healthy, whole_norm
 from tare.core.transform import Sharding, StateSpec, Step, Transform
 from tare.kernels import gemm
+from tare.rules.adam import Adam
 from tare.subspace.bases import Basis, Side
 from tare.subspace.limiter import NormGrowth
 from tare.subspace.refresh import Refresh
@@ -128,9 +129,10 @@ class Subspace(Transform):
     # -- the step --------------------------------------------------------------------------------------------------
 
     def update(self, grad: Tensor, state: State, step: Step, compressed: Tensor | None = None) -> Delta:
-        assert step.leaf.matrix is not None
-        g = grad.reshape(step.leaf.matrix)  # [m, n]
-        side = self.side_of(*step.leaf.matrix)
+        matrix = step.leaf.matrix
+        assert matrix is not None
+        g = grad.reshape(matrix)  # [m, n]
+        side = self.side_of(*matrix)
         if self._due(state, step):
             self._refresh(g, side, state, step)
         if self.side == "both":
@@ -140,13 +142,14 @@ class Subspace(Transform):
         if compressed is not None:
             projected = projected.add_(compressed)
         inner = self._inner_step(step, state)
+        if self.lift != "back":
+            before = self._sizes(projected, side)
+            return self._rescale(g, before, self._spend(projected, state, inner), side, state)
+        if self.residual is None:
+            return self._lift(p, self._spend(projected, state, inner), side)
         direction = self.rule.update(projected, state, inner)
         assert isinstance(direction, Dense)
-        if self.lift != "back":
-            return self._rescale(g, projected, direction, side, state)
         lifted = self._lift(p, direction, side)
-        if self.residual is None:
-            return lifted
         return Sum((lifted, self._outside(g, p, projected, direction, side, state)))
 
     def compress(self, grad: Tensor, state: State, step: Step) -> Tensor | None:
@@ -159,6 +162,14 @@ class Subspace(Transform):
             return self._both(g, state, step)[0]
         side = self.side_of(*step.leaf.matrix)
         return self._project(g, self._basis(g, side, state, step), side, state)
+
+    def _spend(self, projected: Tensor, state: State, step: Step) -> Dense:
+        """N, which may take the memory of R: nobody reads R after this."""
+        if isinstance(self.rule, Adam):
+            return self.rule.consume(projected, state, step)
+        direction = self.rule.update(projected, state, step)
+        assert isinstance(direction, Dense)
+        return direction
 
     def _inner_step(self, step: Step, state: State) -> Step:
         return step.since(step.count - state["refreshed_at"]) if self.transfer == "zero" else step
@@ -238,16 +249,15 @@ class Subspace(Transform):
         left, right = (p, u) if side == "left" else (u, p.mT)
         return LowRank(left, right, scale, direction.lr_inside)
 
-    def _rescale(self, g: Tensor, projected: Tensor, direction: Dense, side: Side, state: State) -> Scaled:
-        """APOLLO: U = c_t sqrt(scale) G * phi, limited. |U| is had from norms of G, so U is never formed."""
+    def _sizes(self, x: Tensor, side: Side) -> Tensor:
+        """Norms of R or N: one for each channel of G, or one for all."""
+        return column_norms(x, 0 if side == "left" else 1) if self.lift == "channel" else whole_norm(x)
+
+    def _rescale(self, g: Tensor, before: Tensor, direction: Dense, side: Side, state: State) -> Scaled:
+        """APOLLO: U = c_t sqrt(scale) G * phi, limited. |U| is had from norms of G, so U is never formed. before: |R|."""
         root = math.sqrt(self.scale)
-        n = direction.u
-        raw = abs(direction.uncorrected)
         dim = 0 if side == "left" else 1
-        if self.lift == "channel":
-            phi = norm_ratio(n, projected, dim, raw)
-        else:
-            phi = whole_norm(n).mul_(raw).div_(whole_norm(projected).add_(1e-8))
+        phi = self._sizes(direction.u, side).mul_(abs(direction.uncorrected)).div_(before.add_(1e-8))
         if self.scale_front:
             phi.mul_(root)
         if self.limiter is not None:

@@ -59,7 +59,10 @@ class Started(Event):
 
 @dataclass(frozen=True)
 class StepDone(Event):
-    """One optimizer step. `memory`: highest bytes so far; `predicted`: the planned peak, or None; times in seconds."""
+    """One optimizer step. `memory`: highest bytes so far; `predicted`: the planned peak, or None.
+
+    `seconds_left` is None during the first steps, which are measured and so tell little about the others.
+    """
 
     step: int
     steps: int
@@ -70,7 +73,7 @@ class StepDone(Event):
     tokens_per_second: float
     memory: int
     predicted: int | None
-    seconds_left: float
+    seconds_left: float | None
 
 
 @dataclass(frozen=True)
@@ -174,9 +177,10 @@ def step_line(event: StepDone) -> str:
     'step 5/20  loss 6.250  900 tokens/s  memory 1.00 MiB / 2.00 MiB predicted  lr 1.00e-03  1m15s left'
     """
     planned = f" / {format_bytes(event.predicted)} predicted" if event.predicted else ""
+    left = f"  {duration(event.seconds_left)} left" if event.seconds_left is not None else ""
     return (
         f"step {event.step}/{event.steps}  loss {event.loss:.3f}  {event.tokens_per_second:,.0f} tokens/s  "
-        f"memory {format_bytes(event.memory)}{planned}  lr {event.lr:.2e}  {duration(event.seconds_left)} left"
+        f"memory {format_bytes(event.memory)}{planned}  lr {event.lr:.2e}{left}"
     )
 
 

@@ -126,7 +126,8 @@ class Trainer:
             "step", now.step, loss=outcome.loss, lr=lr, grad_norm=outcome.grad_norm, tokens=now.tokens, seconds=taken
         )
         rate = now.tokens_per_second or count * self.config.data.seq / taken
-        left = (self.steps - now.step) * count * self.config.data.seq / rate
+        todo = (self.steps - now.step) * count * self.config.data.seq
+        left = todo / now.tokens_per_second if now.timed_tokens else None
         self.tell(
             progress.StepDone(
                 now.step, self.steps, outcome.loss, lr, outcome.grad_norm, now.tokens, rate, self._memory(),

@@ -1,0 +1,145 @@
+"""Tables made from the JSON of a benchmark, for the terminal and for README and docs (`docs/generate.py` calls `VIEWS`)."""
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+ADAMW_BYTES = 28  # an fp32 AdamW step reads W, G, M, V and writes W, M, V: 7 x 4 bytes for each parameter
+MIB = 2**20
+
+Result = dict[str, Any]
+Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
+
+
+def steps(result: Result) -> Table:
+    """Every row: ratio to the bar with its quartiles, state, temporaries."""
+    count = result["shapes"]["parameters"]
+    header = ("optimizer step", "x fused AdamW", "25-75 %", "ms", "state MB", "B/param", "temporaries MiB")
+    return header, [
+        (
+            row["label"],
+            f"{row['ratio']['median']:.2f}",
+            _range(row["ratio"], "{:.2f}"),
+            f"{row['ms_median']:.1f}",
+            f"{row['state_bytes'] / 1e6:.1f}",
+            f"{row['state_bytes'] / count:.2f}",
+            f"{row['temporary_bytes'] / MIB:.1f}",
+        )
+        for row in result["rows"]
+    ]
+
+
+def refreshes(result: Result) -> Table:
+    """All matrices refreshed in one step, and what that comes to for each step of a period."""
+    header = ("refresh of all matrices", "refresh step ms", "ordinary ms", "x ordinary", "amortised x fused", "25-75 %")
+    return header, [
+        (
+            row["label"],
+            f"{statistics.median(row['refresh_ms']):.0f}",
+            f"{statistics.median(row['plain_ms']):.0f}",
+            f"{row['spike']['median']:.1f}",
+            f"{row['amortised_ratio']['median']:+.3f}",
+            _range(row["amortised_ratio"], "{:+.3f}"),
+        )
+        for row in result["refreshes"]
+    ]
+
+
+def staggered(result: Result) -> Table:
+    """Every step of one period in which the leaves take turns; the bar, run between, shows the machine's own spikes."""
+    header = (
+        "one whole period",
+        "median ms",
+        "mean ms",
+        "worst ms",
+        "worst / median",
+        "steps > 2 x median",
+        "the bar: worst / median",
+        "steps > 2 x median",
+    )
+    return header, [
+        (
+            row["label"],
+            f"{row['median_ms']:.1f}",
+            f"{row['mean_ms']:.1f}",
+            f"{row['worst_ms']:.1f}",
+            f"{row['worst_over_median']:.2f}",
+            f"{row['steps_over_twice_median']} of {len(row['steps_ms'])}",
+            f"{row['bar']['worst_over_median']:.2f}",
+            f"{row['bar']['steps_over_twice_median']}",
+        )
+        for row in result["staggered"]
+    ]
+
+
+def _range(spread: dict[str, float], form: str) -> str:
+    return f"{form.format(spread['q1'])} to {form.format(spread['q3'])}"
+
+
+def notes(result: Result) -> list[str]:
+    """What has to be said beside the numbers."""
+    band, shapes, device = result["bandwidth"], result["shapes"], result["device"]
+    changed = " with uncommitted changes" if result["uncommitted_changes"] else ""
+    lines = [
+        f"{shapes['name']}: {shapes['parameters']:,} parameters, {shapes['projected_matrices']} projected matrices, "
+        f"{shapes['dtype']}; largest linear {shapes['largest_linear_bytes'] / MIB:.2f} MiB, "
+        f"largest matrix {shapes['largest_matrix_bytes'] / MIB:.2f} MiB.",
+        f"{result['threads']} threads of {device['processor']} ({', '.join(device['instructions'])}), "
+        f"torch {result['versions']['torch']}, median of {result['rounds']} interleaved rounds; "
+        f"load average {result['load_before']:.1f} before, {result['load_after']:.1f} after.",
+        f"{result['matrix_library']}; {result['native']}.",
+        f"Fused AdamW moves {band['bar_gb_s']:.0f} GB/s ({ADAMW_BYTES} bytes a parameter); here a copy of 256 MiB reaches "
+        f"{band['copy_gb_s']:.0f} and an update in place {band['in_place_gb_s']:.0f} GB/s.",
+        f"`{result['command']}`, seed {result['seed']}, commit {(result['commit'] or 'unknown')[:12]}{changed}, "
+        f"{result['date'][:10]}.",
+    ]
+    peers = [f"{name} {found}" for name, found in result["versions"].items() if found and name not in ("tare", "torch")]
+    if peers and any(row["kind"] == "peer" for row in result["rows"]):
+        lines.append("Peers: " + ", ".join(peers) + ".")
+    if result["absent"]:
+        lines.append("Not run: " + ", ".join(f"{row['key']} ({row['reason']})" for row in result["absent"]) + ".")
+    return lines
+
+
+def _tables(result: Result) -> list[Table]:
+    found = [steps(result), refreshes(result), staggered(result)]
+    return [table for table in found if table[1]]
+
+
+def text(result: Result) -> str:
+    """The whole result for a terminal."""
+    parts = []
+    for header, rows in _tables(result):
+        widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+        lines = [
+            "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+            for row in (header, *rows)
+        ]
+        parts.append("\n".join([lines[0], "-" * len(lines[0]), *lines[1:]]))
+    return "\n\n".join([*parts, "\n".join(notes(result))])
+
+
+def _rendered(table: Table) -> str:
+    from tare.report.tables import markdown as render
+
+    header, rows = table
+    return render(list(header), [list(row) for row in rows])
+
+
+def markdown(result: Result) -> str:
+    """The whole result as Markdown."""
+    return "\n\n".join([*(_rendered(table) for table in _tables(result)), _said(result)])
+
+
+def _said(result: Result) -> str:
+    return "\n".join(f"- {line}" for line in notes(result))
+
+
+# What stands behind `<!-- table: FILE -->` or `<!-- table: FILE/VIEW -->`: the file's own name is its default view.
+VIEWS: dict[str, Callable[[Result], str]] = {
+    "step-llama-60m": lambda result: f"{_rendered(steps(result))}\n\n{_said(result)}",
+    "steps": lambda result: _rendered(steps(result)),
+    "refreshes": lambda result: _rendered(refreshes(result)),
+    "staggered": lambda result: _rendered(staggered(result)),
+    "notes": _said,
+}
