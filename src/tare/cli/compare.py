@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
         emit(comparison.to_json())
     elif comparison.rows:
         out = console()
-        out.print(table(comparison.rows))
+        out.print(table(comparison.rows), "\n", sep="")
         for row in comparison.rows:
             if row.note:
                 out.print(f"{row.method}: {row.note}", soft_wrap=True)

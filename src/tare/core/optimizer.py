@@ -297,6 +297,12 @@ class Optimizer(torch.optim.Optimizer):
         with self._release.pause():
             yield
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; in release mode also what micro-batches have gathered so far is dropped."""
+        super().zero_grad(set_to_none)
+        if self._release:
+            self._release.clear()
+
     def close(self) -> None:
         """Remove the release hooks."""
         if self._release:

@@ -38,6 +38,10 @@ class Release:
     def take(self, p: Tensor) -> Tensor | None:
         return self._parts.pop(p, None)
 
+    def clear(self) -> None:
+        """Forget what was gathered: the step it belonged to is dropped."""
+        self._parts.clear()
+
     @contextmanager
     def pause(self) -> Iterator[None]:
         before, self.accumulating = self.accumulating, True

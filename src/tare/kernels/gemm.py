@@ -42,6 +42,7 @@ class _Medium:
 _lock = threading.Lock()
 _fast: bool | None = None  # None until probed
 _line = ""
+_accurate = False  # whether the probe found the faster library as good, if perhaps not faster
 
 
 def _time(product: Callable[[], Tensor]) -> float:
@@ -64,8 +65,8 @@ def _numbers(rows: int, columns: int, multiplier: int) -> Tensor:
     )
 
 
-def _probe() -> tuple[bool, str]:
-    """Whether "medium" is faster and as good, and one line about it. The precision is left as it was."""
+def _probe() -> tuple[bool, bool, str]:
+    """Whether "medium" is faster and as good, whether it is as good, and one line. The precision is left as it was."""
     before = torch.get_float32_matmul_precision()  # raises if torch's newer per-library settings are in use
     m, k, n = SHAPE
     a, b = _numbers(m, k, 1664525), _numbers(k, n, 22695477)
@@ -80,7 +81,7 @@ def _probe() -> tuple[bool, str]:
             if setting == "medium":
                 error = ((found[:: m // 32].double() - exact).norm() / exact.norm()).item()
         if not error < ERROR:
-            return False, f"fp32 products by torch's default library (the alternative has relative error {error:.0e})"
+            return False, False, f"fp32 products by torch's default library (the alternative has relative error {error:.0e})"
         started = time.perf_counter()
         for done in range(ROUNDS):  # interleaved, because the machine's speed drifts
             if done >= 3 and time.perf_counter() - started > ENOUGH:
@@ -92,15 +93,16 @@ def _probe() -> tuple[bool, str]:
         torch.set_float32_matmul_precision(before)
     ratio = statistics.median(times["highest"]) / statistics.median(times["medium"])
     if ratio < SPEEDUP:
-        return False, f"fp32 products by torch's default library (the alternative is {ratio:.2f} times as fast)"
+        return False, True, f"fp32 products by torch's default library (the alternative is {ratio:.2f} times as fast)"
     return (
+        True,
         True,
         f"fp32 products by the faster library ({ratio:.2f} times the default's speed, relative error {error:.0e})",
     )
 
 
 def _decide() -> bool:
-    global _fast, _line
+    global _fast, _line, _accurate
     if os.environ.get("TARE_GEMM", "auto") == "plain":
         return False
     if _fast is None:
@@ -109,7 +111,7 @@ def _decide() -> bool:
         with _lock, torch.no_grad():
             if _fast is None:
                 try:
-                    fast, _line = _probe()
+                    fast, _accurate, _line = _probe()
                 except Exception as failure:  # a probe must never stop a run
                     why = str(failure).partition("\n")[0] or type(failure).__name__
                     fast, _line = False, f"fp32 products by torch's default library ({why})"
@@ -127,6 +129,23 @@ def fast_matmul() -> AbstractContextManager[None]:
     ...     product = torch.eye(2) @ torch.ones(2, 1)
     """
     return _Medium() if _decide() else nullcontext()
+
+
+def decided() -> bool:
+    """Whether the faster library is in use. Probes if nothing has yet."""
+    return _decide()
+
+
+def pin(fast: bool) -> bool:
+    """Choose again what another process chose, since timing may settle it otherwise: a resumed run keeps its bits.
+
+    Returns:
+        Whether that choice now holds; a library that is not accurate here is never taken.
+    """
+    global _fast
+    if _decide() != fast and (_fast or _accurate):
+        _fast = fast
+    return _decide() == fast
 
 
 def describe() -> str:

@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from tare.core.leaf import Leaf, named_roles
+from tare.core.recipe import matches
 from tare.methods import registry
 from tare.methods.base import TARGETS
 
@@ -127,11 +129,11 @@ def _ours(key: str, rank: Literal["quarter", "half"] | None = None, **hyper: Any
 
 def _projected(model: nn.Module, **low_rank: Any) -> list[dict[str, Any]]:
     """Parameter groups as the published packages want them: the same leaves projected as in our own recipes."""
-    from tare.core.leaf import named_roles
-
-    roles = [(p, role) for _, p, role in named_roles(model)]
-    low = [p for p, role in roles if role in TARGETS and p.ndim == 2]
-    rest = [p for p, role in roles if not (role in TARGETS and p.ndim == 2)]
+    low: list[Tensor] = []
+    rest: list[Tensor] = []
+    for name, p, role in named_roles(model):
+        leaf = Leaf(name, tuple(p.shape), p.dtype, role)
+        (low if p.ndim == 2 and matches(TARGETS, leaf) else rest).append(p)
     return [{"params": rest}, {"params": low, "update_proj_gap": 200, "proj_type": "std", **low_rank}]
 
 

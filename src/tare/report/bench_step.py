@@ -240,9 +240,8 @@ def _label(spec: "Spec", ranks: "Ranks") -> str:
 
 
 def _bandwidth(bar_ms: float, parameters: int) -> dict[str, float]:
-    from tare.report.bench_timing import bandwidth
-
     from tare.report.bench_tables import ADAMW_BYTES
+    from tare.report.bench_timing import bandwidth
 
     found = bandwidth()
     moved = ADAMW_BYTES * parameters / bar_ms / 1e6

@@ -57,7 +57,7 @@ def rounds(bar: Contender, others: list[Contender], count: int, note: Callable[[
 
     The order rotates from round to round, so that nobody always follows the same neighbour. The first entry is the bar's.
     """
-    found = {id(c): {"ms": [], "bar_ms": []} for c in others}
+    found: dict[int, dict[str, Any]] = {id(c): {"ms": [], "bar_ms": []} for c in others}
     bars: list[float] = []
     with no_collector():
         for number in range(count):
@@ -72,8 +72,7 @@ def rounds(bar: Contender, others: list[Contender], count: int, note: Callable[[
                 found[id(contender)]["ms"].append(own)
                 found[id(contender)]["bar_ms"].append((before + after) / 2)
                 before = after
-    rows = [{"ms": bars, "bar_ms": bars}]
-    rows += [found[id(c)] for c in others]
+    rows: list[dict[str, Any]] = [{"ms": bars, "bar_ms": bars}, *(found[id(c)] for c in others)]
     for row in rows:
         row["ratios"] = [a / b for a, b in zip(row["ms"], row["bar_ms"], strict=True)]
         row["ratio"] = spread(row["ratios"])

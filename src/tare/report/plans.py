@@ -19,7 +19,7 @@ def show(plan: "Plan") -> "RenderableType":
     from rich.text import Text
 
     unit, size = _unit(max((row.peak for row in plan.rows), default=0))
-    lines: list[RenderableType] = [Text(heading(plan), style="bold"), table(plan, unit, size)]
+    lines: list[RenderableType] = [Text(heading(plan), style="bold"), Text(), table(plan, unit, size), Text()]
     lines += [Text(f"{row.method}: {row.note}") for row in plan.rows if row.note]
     lines.append(
         Text(f"{unit} of tensors at the moment of the peak; state is exact. A device's own needs come on top.")

@@ -35,7 +35,7 @@ class DataConfig(Section):
     eval_source: str | None = setting(None, "evaluation data; none = documents held out of the source")
     text_column: str = setting("text", "the column that holds the text in .jsonl, .parquet and hub data")
     seq: int = setting(256, "tokens per sequence", low=2)
-    eval_fraction: float = setting(0.02, "share of documents held out when there is no eval_source", above=0, below=1)
+    eval_fraction: float = setting(0.02, "share of tokens held out when there is no eval_source", above=0, below=1)
     eval_tokens: int = setting(32_768, "tokens evaluated each time", low=1)
 
 
@@ -95,7 +95,7 @@ class RunSection(Section):
     resume: bool = setting(False, "continue the run in the output folder")
     checkpoint_every: int = setting(50, "steps between checkpoints", low=1)
     eval_every: int = setting(50, "steps between evaluations", low=1)
-    keep: int = setting(2, "checkpoints kept", low=1)
+    keep: int = setting(2, "checkpoints kept, the best one apart", low=2)
     threads: int | None = setting(None, "CPU threads; none = torch's own choice", low=1)
     tensorboard: bool = setting(False, "also write TensorBoard events")
 

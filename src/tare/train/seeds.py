@@ -44,7 +44,7 @@ def restore_random_state(state: dict[str, Any]) -> None:
 
 def arithmetic(device: torch.device) -> dict[str, Any]:
     """What may differ between two processes and then changes the last bits: library, versions, device."""
-    return {"torch": str(torch.__version__), "device": str(device), "fast_matmul": gemm._decide()}
+    return {"torch": str(torch.__version__), "device": str(device), "fast_matmul": gemm.decided()}
 
 
 def restore_arithmetic(saved: dict[str, Any], device: torch.device) -> list[str]:
@@ -52,10 +52,8 @@ def restore_arithmetic(saved: dict[str, Any], device: torch.device) -> list[str]
 
     Which matrix library our products use is settled by a timing in each process, so chance could settle it otherwise.
     """
-    fast, was = gemm._decide(), saved.get("fast_matmul")
-    accurate = fast or "times as fast" in gemm.describe()  # passed over for its speed alone
-    if was is not None and was != fast and accurate:
-        gemm._fast = bool(was)
+    if "fast_matmul" in saved:
+        gemm.pin(bool(saved["fast_matmul"]))
     own = arithmetic(device)
     differs = [name for name in own if name in saved and saved[name] != own[name]]
     return [f"{name} was {saved[name]} and is now {own[name]}: results may differ in the last bits" for name in differs]

@@ -55,13 +55,9 @@ def take_step(job: Session, position: int) -> Outcome:
         optimizer.step()
         return Outcome(total, norm)
     except NotFinite as fault:
-        if (
-            optimizer._release is not None
-        ):  # what earlier micro-batches have gathered belongs to the step that is dropped
-            optimizer._release._parts.clear()
         return Outcome(math.nan, None, str(fault))
     finally:
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)  # and what earlier micro-batches of a dropped step have gathered
 
 
 @contextmanager
