@@ -99,6 +99,12 @@ def test_a_group_overrides_hyperparameters_of_a_method() -> None:
     assert [opt._entries[p].transform.scale for p in (a, b)] == [0.25, 0.5]
 
 
+def test_a_pattern_counts_as_used_in_a_group_with_its_own_hyperparameters() -> None:
+    named = [("layers.0.weight", nn.Parameter(torch.ones(6, 5)))]
+    opt = registry.build("galore", [{"params": named, "rank": 3}], 0.1, rank=2, targets="layers.*")
+    assert opt.state[named[0][1]]["basis"].shape == (5, 3)
+
+
 def test_rank_above_the_shorter_side_is_dense_and_says_so() -> None:
     opt = registry.build("galore", nn.Linear(12, 3, bias=False), 0.1, rank=4)
     assert "rank 4 > 3: dense" in opt.explain()

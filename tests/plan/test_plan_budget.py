@@ -24,7 +24,9 @@ def test_amounts(text: str, amount: int) -> None:
     assert parse_bytes(text) == amount
 
 
-@pytest.mark.parametrize("text", ["8", "8.5", "-1", "-1GiB", "0", "0GiB", "", "GiB", "8 bytes", "8Q", "nanG", "1e3G", "8GiBB", "٣GiB x"])
+@pytest.mark.parametrize(
+    "text", ["8", "8.5", "-1", "-1GiB", "0", "0GiB", "", "GiB", "8 bytes", "8Q", "nanG", "1e3G", "8GiBB", "٣GiB x"]
+)
 def test_refused_in_one_line_that_shows_the_allowed_forms(text: str) -> None:
     with pytest.raises(InputError) as error:
         parse_bytes(text)

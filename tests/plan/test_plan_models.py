@@ -117,7 +117,9 @@ def test_bad_weights(folder: Path, tmp_path: Path) -> None:
     from safetensors.torch import load, save
 
     tensors = load(whole)
-    (tmp_path / "model.safetensors").write_bytes(save({k: v for k, v in tensors.items() if k != "model.norm.weight"}, {"format": "pt"}))
+    (tmp_path / "model.safetensors").write_bytes(
+        save({k: v for k, v in tensors.items() if k != "model.norm.weight"}, {"format": "pt"})
+    )
     refused(lambda: build_model(tmp_path), "missing", "model.norm.weight")
     tensors["model.norm.weight"][3] = float("nan")
     (tmp_path / "model.safetensors").write_bytes(save(tensors, {"format": "pt"}))

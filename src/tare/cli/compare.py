@@ -37,7 +37,8 @@ def run(args: argparse.Namespace) -> int:
         emit(comparison.to_json())
     elif comparison.rows:
         out = console()
-        out.print(table(comparison.rows), "\n", sep="")
+        out.print(table(comparison.rows))
+        out.print()
         for row in comparison.rows:
             if row.note:
                 out.print(f"{row.method}: {row.note}", soft_wrap=True)

@@ -37,7 +37,10 @@ def run(args: argparse.Namespace) -> int:
         emit({**row.to_json(), "model": str(result.out / "model"), "config": asdict(result.config)})
         return 0
     out = console()
-    out.print(table([row]), "\n", memory_table(row), "\n", sep="")
+    out.print(table([row]))
+    out.print()
+    out.print(memory_table(row))
+    out.print()
     out.print(f"model:  {result.out / 'model'}", soft_wrap=True)
     out.print(f"report: {report}", soft_wrap=True)
     return 0

@@ -200,7 +200,9 @@ def _check(config: "PretrainedConfig", batch: int, seq: int, dtype: str, precisi
             raise InputError(f"{name} {value!r} must be a whole number of at least 1")
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and seq > positions:
-        raise InputError(f"seq {seq} is longer than the {positions} positions of the model: use --seq {positions} or less")
+        raise InputError(
+            f"seq {seq} is longer than the {positions} positions of the model: use --seq {positions} or less"
+        )
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not known: use one of {', '.join(DTYPES)}")
     if precision not in ("fp32", "bf16-autocast", "bf16"):

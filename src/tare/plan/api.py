@@ -153,7 +153,9 @@ def _config(model: "str | Path | nn.Module | PretrainedConfig") -> tuple["Pretra
         return config_for(model), named(str(model)) or str(model)
     config: Any = getattr(model, "config", None) if isinstance(model, nn.Module) else model
     if not hasattr(config, "to_dict") or not hasattr(config, "model_type"):
-        raise InputError(f"model: a {type(model).__name__} has no transformers config; give a name, a folder or such a model")
+        raise InputError(
+            f"model: a {type(model).__name__} has no transformers config; give a name, a folder or such a model"
+        )
     return config, str(getattr(config, "name_or_path", "") or config.model_type)
 
 

@@ -53,7 +53,9 @@ def step_bound(settings: Settings) -> tuple[int, int, int]:
         return 0, 0, 0
     try:
         few, more = (_totals(_shallow(settings, number)) for number in (2, 3))
-    except Exception:  # a config whose depth cannot be changed on its own; the search is slower without a bound, not wrong
+    except (
+        Exception
+    ):  # a config whose depth cannot be changed on its own; the search is slower without a bound, not wrong
         return 0, 0, 0
     forward, backward, released = (a + (b - a) * (layers - 2) for a, b in zip(few, more, strict=True))
     return forward, backward, released

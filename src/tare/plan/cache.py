@@ -24,9 +24,7 @@ def cache_folder() -> Path:
     return (Path(root) if root else Path.home() / ".cache" / "tare") / "plan"
 
 
-def cached(
-    what: dict[str, Any], compute: Callable[[], T], encode: Callable[[T], Any], decode: Callable[[Any], T]
-) -> T:
+def cached(what: dict[str, Any], compute: Callable[[], T], encode: Callable[[T], Any], decode: Callable[[Any], T]) -> T:
     """The result for `what` (JSON-able, complete) from disk, or computed and put there.
 
     Args:

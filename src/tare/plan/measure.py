@@ -29,7 +29,7 @@ class StepMeter:
 
     >>> layer = nn.Linear(64, 64, bias=False)
     >>> with StepMeter(layer) as meter:
-    ...     _ = torch.ones(64, 64) + 1  # two blocks of 16 KiB, both alive for a moment
+    ...     both = torch.zeros(64, 64), torch.zeros(64, 64)  # two blocks of 16 KiB on top of the weight's
     >>> meter.baseline, meter.peak
     (16384, 49152)
     """

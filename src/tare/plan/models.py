@@ -170,7 +170,9 @@ def _read_config(file: Path) -> "PretrainedConfig":
     kind = content["model_type"]
     if kind not in CONFIG_MAPPING:
         remote = "; it comes with its own code, which tare never runs" if "auto_map" in content else ""
-        raise InputError(f"{file}: transformers knows no model_type {kind!r}{nearest(kind, list(CONFIG_MAPPING))}{remote}")
+        raise InputError(
+            f"{file}: transformers knows no model_type {kind!r}{nearest(kind, list(CONFIG_MAPPING))}{remote}"
+        )
     try:
         config = CONFIG_MAPPING[kind].from_dict(content)
     except Exception as fault:  # transformers raises many kinds for a bad field, some of its own

@@ -35,7 +35,12 @@ class Settings:
     def profile(self) -> StepProfile:
         """Activations and gradients of a micro-batch."""
         return profile_model(
-            self.config, self.batch, self.seq, dtype=self.dtype, precision=self.precision, checkpointing=self.checkpointing
+            self.config,
+            self.batch,
+            self.seq,
+            dtype=self.dtype,
+            precision=self.precision,
+            checkpointing=self.checkpointing,
         )
 
     def choice(self, key: str) -> Choice:

@@ -62,7 +62,9 @@ def load_pretrained(folder: Path, config: "PretrainedConfig", dtype: torch.dtype
     for what in ("missing_keys", "mismatched_keys"):
         if info.get(what):
             first = sorted(info[what], key=str)[0]
-            raise InputError(f"{folder}: {what.replace('_keys', '')} weight {first}: the files do not match config.json")
+            raise InputError(
+                f"{folder}: {what.replace('_keys', '')} weight {first}: the files do not match config.json"
+            )
     for name, weight in model.named_parameters():
         if not bool(weight.isfinite().all()):
             raise InputError(f"{folder}: weight {name} holds NaN or infinite values")

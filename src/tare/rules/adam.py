@@ -33,7 +33,7 @@ class Adam(Transform):
 
     def __post_init__(self) -> None:
         check_betas(self.betas)
-        check_number("eps", self.eps, above=0.0, inclusive=True)
+        check_number("eps", self.eps)
 
     def spec(self, leaf: Leaf) -> dict[str, StateSpec]:
         return {"exp_avg": StateSpec(leaf.shape), "exp_avg_sq": StateSpec(leaf.shape, signed=False)}

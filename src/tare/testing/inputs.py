@@ -73,7 +73,8 @@ def bad_parameters_are_refused(subject: Subject) -> None:
             subject.build(wrong)
     with refuses("params", kind=TypeError):
         subject.build([{"params": {p, q}}])
-    for nothing in ([], iter(()), nn.ReLU()):
+    empty: tuple[Any, ...] = ([], iter(()), nn.ReLU())
+    for nothing in empty:
         with refuses("param"):
             subject.build(nothing)
     with refuses("more than one", kind=ValueError):

@@ -1,17 +1,19 @@
 """T5 and T12: the same numbers whatever the grouping, the order, the thread count; and again from the same seed."""
 
 import torch
+from torch import nn
 
-from tare.testing.subject import FORMS, PERIOD, Subject, drive, leaves, near, same, snapshot
+from tare.testing.subject import FEW, FORMS, PERIOD, Subject, drive, gradient, leaves, near, same, snapshot
 
 STEPS = 2 * PERIOD + 1
 
 
 def groups_equal_separate_optimizers(subject: Subject) -> None:
     """One optimizer with a group for each leaf equals an optimizer for each leaf, named or not, bit for bit."""
-    for storage in FORMS.values():
+    for form, storage in FORMS.items():
         for with_names in (True, False):
-            together, apart = leaves(), leaves()
+            names = None if form == "fp32" else FEW
+            together, apart = leaves(names), leaves(names)
             one = subject.build(
                 [{"params": [i if with_names else i[1]], "lr": 1e-3 * (k + 1)} for k, i in enumerate(together)],
                 storage=storage,
@@ -44,18 +46,21 @@ def repeats_bit_for_bit(subject: Subject) -> None:
 
 
 def threads_do_not_matter(subject: Subject) -> None:
-    """One thread and two agree to rounding: only the order of fp32 sums may differ."""
+    """One thread and two agree to rounding, on a leaf large enough to be shared out: only the order of sums may differ."""
     before = torch.get_num_threads()
-    runs = []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            named = leaves()
-            drive(subject.build(named), named, 0, STEPS)
-            runs.append(snapshot(named))
-    finally:
-        torch.set_num_threads(before)
-    near(runs[1], runs[0], 1e-5, "two threads")
+    for form in ("fp32", "int8"):
+        runs = []
+        try:
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                named = [("big.weight", nn.Parameter(gradient("big weight", 0, (320, 256))))]
+                drive(subject.build(named, storage=FORMS[form]), named, 0, PERIOD + 2)
+                runs.append(snapshot(named))
+        finally:
+            torch.set_num_threads(before)
+        # Singular vectors of noise magnify the rounding of fp32; steps are 5e-3, so 1e-4 is 2 % of one.
+        # A code of an 8-bit moment may fall to the other side: some per cent of a step of 5e-3.
+        near(runs[1], runs[0], 1e-4 if form == "fp32" else 1e-3, f"two threads, {form}")
 
 
 CHECKS = (groups_equal_separate_optimizers, order_does_not_matter, repeats_bit_for_bit, threads_do_not_matter)
