@@ -143,7 +143,7 @@ class Optimizer(torch.optim.Optimizer):
             number = len(self._entries) + len(fresh)
             leaf = Leaf(name or f"param_{number}", shape, p.dtype, roles.get(p) or "linear")
             index = recipe.find(leaf)
-            if recipe is self.recipe:
+            if recipe is self.recipe or recipe.entries[index][0] in [match for match, _ in self.recipe.entries]:
                 self._used.add(index)
             transform, why = recipe.entries[index][1].resolve(leaf)
             transform.check(leaf, self.storage)
@@ -215,6 +215,9 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for p in self._release.waiting() if self._release else ():  # no gradient in the last micro-batch, but before
+            p.grad = torch.zeros_like(p)
+            self._step_in_backward(p)
         ready = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         self._update(ready)
         if self._release:

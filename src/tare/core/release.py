@@ -42,6 +42,10 @@ class Release:
         """Forget what was gathered: the step it belonged to is dropped."""
         self._parts.clear()
 
+    def waiting(self) -> list[Tensor]:
+        """Leaves whose gathered gradients no backward has stepped."""
+        return list(self._parts)
+
     @contextmanager
     def pause(self) -> Iterator[None]:
         before, self.accumulating = self.accumulating, True
