@@ -1,5 +1,7 @@
 """The rules against slow float64 twins and against torch's own optimizers."""
 
+from typing import Any
+
 import golden_cases
 import pytest
 import torch
@@ -61,13 +63,14 @@ def test_adamw_near_torch_unfused(form: str) -> None:
 
 @pytest.mark.parametrize("shape", [*SHAPES.values(), (7,), ()])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_adam_fast_path_equals_its_plain_twin(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("placement", ["before", "after"])
+def test_adam_fast_path_equals_its_plain_twin(shape: tuple[int, ...], dtype: torch.dtype, placement: Any) -> None:
     """`update_many` (fused) against `update`: the same direction in another order of operations."""
-    rule = Adam((0.9, 0.99), 1e-6)
+    rule = Adam((0.9, 0.99), 1e-2, placement)
     w, g = numbers("w", shape, dtype=dtype), gradients(shape, STEPS, dtype)
     fast, p = optimizer_for(rule, w, weight_decay=0.1)
     slow, q = optimizer_for(rule, w, weight_decay=0.1)
-    slow._entries[q].transform = _Plain((0.9, 0.99), 1e-6)
+    slow._entries[q].transform = _Plain((0.9, 0.99), 1e-2, placement)
     tolerance = 1e-14 if dtype == torch.float64 else 1e-6  # a few ulp of numbers of size 1 to 4
     assert worst(run(fast, p, g, LRS), run(slow, q, g, LRS)) < tolerance
 

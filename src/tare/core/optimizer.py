@@ -143,8 +143,9 @@ class Optimizer(torch.optim.Optimizer):
             number = len(self._entries) + len(fresh)
             leaf = Leaf(name or f"param_{number}", shape, p.dtype, roles.get(p) or "linear")
             index = recipe.find(leaf)
-            if recipe is self.recipe or recipe.entries[index][0] in [match for match, _ in self.recipe.entries]:
-                self._used.add(index)
+            match, own = recipe.entries[index][0], [m for m, _ in self.recipe.entries]
+            if match in own:
+                self._used.add(own.index(match))
             transform, why = recipe.entries[index][1].resolve(leaf)
             transform.check(leaf, self.storage)
             slots = self.storage.slots(leaf, transform.spec(leaf))

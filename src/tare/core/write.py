@@ -6,8 +6,9 @@ from tare.core.delta import Delta, Dense, materialise
 from tare.core.transform import Transform, Work
 from tare.kernels import native, rounding
 
-# Elements handled at once by element-wise rules: 2 MiB of fp32 stays in cache and bounds the temporaries.
-CHUNK = 1 << 19
+# Elements handled at once by element-wise rules: weight, gradient, moment and direction of a chunk (4 MiB of fp32) stay in
+# the private caches of two cores, and the temporaries are small. Twice as many make Lion a sixth slower.
+CHUNK = 1 << 18
 
 
 def update_leaf(transform: Transform, work: Work) -> None:

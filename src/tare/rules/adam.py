@@ -110,7 +110,7 @@ class Adam(Transform):
         b1, b2 = step.betas(self.betas)
         # The kernel adds eps after bias correction; dividing by sqrt(1 - b2^t) moves it before, exactly.
         eps = self.eps if self.eps_placement == "after" else self.eps / math.sqrt(1.0 - b2**step.count)
-        count = torch.tensor(float(step.count), dtype=torch.float32, device=weights[0].device)
+        count = torch.scalar_tensor(step.count, dtype=torch.float32, device=weights[0].device)
         torch._fused_adamw_(
             weights, grads, ms, vs, [], [count] * len(weights), lr=lr, beta1=b1, beta2=b2,
             weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=maximize,
