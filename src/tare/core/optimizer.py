@@ -148,6 +148,8 @@ class Optimizer(torch.optim.Optimizer):
                 self._used.add(own.index(match))
             transform, why = recipe.entries[index][1].resolve(leaf)
             transform.check(leaf, self.storage)
+            if self.storage.weight == "stochastic" and p.dtype == torch.float16:
+                raise InputError(f"storage.weight: 'stochastic' rounds bf16 weights; {leaf.name} is float16")
             slots = self.storage.slots(leaf, transform.spec(leaf))
             # Unnamed leaves are keyed by shape, so that neither their order nor their group changes any random number.
             key = name or "x".join(map(str, shape))
@@ -167,10 +169,10 @@ class Optimizer(torch.optim.Optimizer):
     # -- state -----------------------------------------------------------------------------------------------------
 
     def init_state(self) -> None:
-        """Allocate the state of every leaf that has none (meta parameters wait for their first step)."""
+        """Allocate the state of every trainable leaf that has none; frozen and meta ones wait for their first gradient."""
         self._ready = True
         for p, entry in self._entries.items():
-            if p not in self.state and not p.is_meta:
+            if p not in self.state and p.requires_grad and not p.is_meta:
                 self.state[p] = allocate(entry.slots, p.device)
 
     def _raw(self, p: Tensor, entry: Entry) -> dict[str, Any]:
@@ -192,8 +194,9 @@ class Optimizer(torch.optim.Optimizer):
         return Breakdown.of(self._rows())
 
     def _rows(self) -> list[Row]:
-        ordered = [self._entries[p] for group in self.param_groups for p in group["params"]]
-        return [Row(e.leaf, e.transform, e.slots, e.why) for e in ordered]
+        """Trainable leaves, and those that were trained before they were frozen: what has state, or will."""
+        listed = [p for group in self.param_groups for p in group["params"] if p.requires_grad or p in self.state]
+        return [Row(e.leaf, e.transform, e.slots, e.why) for e in map(self._entries.__getitem__, listed)]
 
     def explain(self, every_leaf: bool = False) -> str:
         """A table: which leaf is stepped by what, at which rank, kept how, in how many bytes, and why.
@@ -203,6 +206,8 @@ class Optimizer(torch.optim.Optimizer):
         notes = [f"matrix products: {gemm.describe()}"]
         if any(slot.form == "int8" for e in self._entries.values() for slot in e.slots.values()):
             notes.append(f"8-bit codec: {native.reason()}")
+        if frozen := len(self._entries) - len(self._rows()):
+            notes.append(f"frozen, without state: {frozen}")
         if self._release:
             notes.append("release: every leaf is stepped inside backward and its gradient freed")
         return explain(self._rows(), notes, every_leaf)

@@ -87,7 +87,7 @@ def apollo_recipe(
     low = Subspace(
         rule, make_basis("gaussian" if basis == "random" else basis, rank), Refresh(period, stagger), side_name(side),
         transfer=transfer, lift=lift, scale=scale, scale_front=scale_front,  # type: ignore[arg-type]
-        limiter=NormGrowth(gamma, limiter_zero) if gamma else None,  # type: ignore[arg-type]
+        limiter=NormGrowth(gamma, limiter_zero) if gamma is not None else None,  # type: ignore[arg-type]
     )  # fmt: skip
     return Recipe(((targets, low), ("*", rule)), decay="after")
 

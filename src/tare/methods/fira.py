@@ -58,7 +58,7 @@ def fira_recipe(
     rule = Adam(betas, eps, "before")
     low = Subspace(
         rule, make_basis(basis, rank), Refresh(period, stagger), side_name(side), transfer=transfer, scale=scale,  # type: ignore[arg-type]
-        residual=NormRatioResidual(form), limiter=NormGrowth(gamma, limiter_zero) if gamma else None,  # type: ignore[arg-type]
+        residual=NormRatioResidual(form), limiter=NormGrowth(gamma, limiter_zero) if gamma is not None else None,  # type: ignore[arg-type]
     )  # fmt: skip
     return Recipe(((targets, low), ("*", rule)), decay="after")
 

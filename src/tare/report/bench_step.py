@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -232,7 +233,10 @@ def _model(shapes: str, seed: int) -> tuple["nn.Module", dict[str, Any], "Ranks"
 def _ready(spec: "Spec", model: "nn.Module", ranks: "Ranks") -> Any:
     from tare.report.bench_rows import Contender
 
-    return Contender(spec, spec.build(model, ranks))
+    with warnings.catch_warnings():
+        if spec.kind == "peer":
+            warnings.simplefilter("ignore")
+        return Contender(spec, spec.build(model, ranks))
 
 
 def _label(spec: "Spec", ranks: "Ranks") -> str:
