@@ -13,7 +13,8 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/ready
-	$(BIN)/tare compare --methods adamw,galore,apollo-mini --out runs/demo --overwrite $(DEMO)
+	rm -rf runs/demo
+	$(BIN)/tare compare --methods adamw,galore,apollo-mini --out runs/demo $(DEMO)
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest

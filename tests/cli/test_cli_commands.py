@@ -42,7 +42,7 @@ def test_help_of_train_names_every_flag_and_default(tare: Any) -> None:
 
     shown = tare("train", "--help").out
     assert all(name in shown for name in FLAGS)
-    assert "optimizer steps [200]" in shown
+    assert "optimizer steps [400]" in shown
     assert max(map(len, shown.splitlines())) <= 100
 
 

@@ -12,6 +12,7 @@ from tare.plan.models import MODELS, build_model, build_skeleton, config_for, na
 # Method cards, section 2; the small ones are ours.
 COUNTS = {
     "llama-tiny": 1_053_824,
+    "llama-3m": 3_000_384,
     "llama-9m": 8_917_248,
     "llama-20m": 19_078_272,
     "llama-60m": 58_073_600,

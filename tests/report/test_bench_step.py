@@ -20,6 +20,7 @@ def result():
         threads=1,
         period=3,
         refresh_rounds=2,
+        patience=0,
     )
 
 
@@ -99,6 +100,16 @@ def test_tables_are_made_from_the_file(result, tmp_path):
     assert "x fused AdamW" in bench_tables.markdown(result)
 
 
+def test_disturbed_samples_are_repeated_until_patience_ends(monkeypatch):
+    monkeypatch.setattr(bench_timing.Witness, "disturbance", lambda self: 1.0)
+    monkeypatch.setattr(bench_timing.time, "sleep", lambda seconds: None)
+    patience = bench_timing.Patience(1.0)
+    calls = []
+    assert len(patience.sample(lambda: calls.append(0))) == 1
+    assert patience.repeated == len(calls) - 1 >= 3
+    assert patience.kept == 1
+
+
 def test_peers_are_optional(monkeypatch):
     monkeypatch.setattr(bench_rows, "installed", lambda package: None)
     wanted, absent = bench_step._choose(["adamw", "galore-torch"], peers=True)
@@ -118,7 +129,19 @@ def test_bad_input_is_one_line():
 
 def test_the_command_writes_json_without_paths_of_this_machine(tmp_path, capsys):
     out = tmp_path / "folder" / "step.json"
-    arguments = ["--shapes", "llama-tiny", "--methods", "adamw", "--rounds", "2", "--threads", "1", "--no-refresh"]
+    arguments = [
+        "--shapes",
+        "llama-tiny",
+        "--methods",
+        "adamw",
+        "--rounds",
+        "2",
+        "--threads",
+        "1",
+        "--no-refresh",
+        "--patience",
+        "0",
+    ]
     assert bench_step.run([*arguments, "--json", "--out", str(out)]) == 0
     printed = json.loads(capsys.readouterr().out)
     written = json.loads(out.read_text())

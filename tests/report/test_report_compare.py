@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tare.core.errors import CheckpointError, DoesNotFit, InputError
+from tare.plan.report import show
 from tare.report.compare import MethodBegins, compare
-from tare.report.plans import show
 from tare.report.rows import memory_table, table
 from tare.train.config import MethodConfig, ModelConfig, RunConfig, RunSection, TrainConfig
 from tare.train.loop import Result

@@ -153,7 +153,7 @@ BAD_TEXTS = [
     ("model: {name: 7}", r"model\.name: expected text, got 7 \(put it in quotes\)"),
     ('model: {name: ""}', r"model\.name: expected text, got ''"),
     ('model: {name: "a\\nb"}', r"model\.name"),
-    ("train: {warmup: 500}", r"train\.warmup: expected at most train\.steps = 200"),
+    ("train: {warmup: 500}", r"train\.warmup: expected at most train\.steps = 400"),
     ("train: {warmup: 1.5}", r"train\.warmup: expected a share < 1 or a whole number"),
     ("train: {schedule: cosin}", r"train\.schedule: .*did you mean 'cosine'"),
     ("run: {device: gpu}", r"run\.device: expected auto, cpu"),

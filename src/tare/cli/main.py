@@ -22,6 +22,7 @@ COMMANDS = {
     "plan": "predict the memory that each method needs; which one fits",
     "eval": "loss and perplexity of a trained model",
     "methods": "the methods: what each is, its paper, its state, its defaults",
+    "bench": "measure the optimizer step against torch and other packages",
 }
 ALIASES = {"evaluate": "eval", "method": "methods"}
 

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         methods = method_list(config.method.key, "--method")
     with only_json(args.json):
         from tare.plan.api import plan
-        from tare.report.plans import show
+        from tare.plan.report import show
 
         method = config.method
         given = {"lr": method.lr, "rank": method.rank, "weight_decay": method.weight_decay, **method.options}

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from tare.core.tensors import is_fake
 from tare.kernels.rounding import hash32, mix32
 
 _CHUNK = 1 << 18  # elements mixed at once: keeps the int64 temporaries at 2 MiB
@@ -45,6 +46,11 @@ def bits(key: int, start: int, count: int, device: torch.device | str = "cpu") -
     return _mix((first + mix32(key >> 32)) & _MASK)
 
 
+def _table(like: Tensor) -> Tensor:
+    """The table beside `like`. Never kept from fake tensors, which would outlive their mode in the cache."""
+    return _quantiles.__wrapped__(str(like.device)) if is_fake(like) else _quantiles(str(like.device))
+
+
 @functools.lru_cache(maxsize=8)
 def _quantiles(device: str) -> Tensor:
     """Standard normal quantiles at (i + 1/2) / 65536, scaled so that the sum of two has unit variance."""
@@ -61,7 +67,7 @@ def normal(key: int, shape: tuple[int, ...], device: torch.device | str = "cpu",
     True
     """
     out = torch.empty(math.prod(shape), dtype=torch.float32, device=device)
-    table = _quantiles(str(out.device))
+    table = _table(out)
     for start in range(0, out.numel(), _CHUNK):
         count = min(_CHUNK, out.numel() - start)
         word = bits(key, start, count, out.device)

@@ -111,6 +111,10 @@ class Transform:
         """The direction U of this step; the engine writes W <- beta W - alpha U."""
         raise NotImplementedError
 
+    def consume(self, grad: Tensor, state: "State", step: Step) -> "Delta":
+        """`update` for a gradient that nobody reads afterwards (a projected one): U may take its memory."""
+        return self.update(grad, state, step)
+
     def update_many(self, batch: list[Work]) -> list[Work]:
         """Step what a fused kernel can take, weights included; return the rest for `update`."""
         return batch

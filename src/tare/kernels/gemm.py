@@ -81,7 +81,11 @@ def _probe() -> tuple[bool, bool, str]:
             if setting == "medium":
                 error = ((found[:: m // 32].double() - exact).norm() / exact.norm()).item()
         if not error < ERROR:
-            return False, False, f"fp32 products by torch's default library (the alternative has relative error {error:.0e})"
+            return (
+                False,
+                False,
+                f"fp32 products by torch's default library (the alternative has relative error {error:.0e})",
+            )
         started = time.perf_counter()
         for done in range(ROUNDS):  # interleaved, because the machine's speed drifts
             if done >= 3 and time.perf_counter() - started > ENOUGH:

@@ -69,7 +69,7 @@ MINI_CARD = Card(
     },
     presets={
         "llama-60m": {"lr": 1e-2, "scale_front": True}, "llama-130m": {"lr": 1e-2, "scale": 192.0, "scale_front": True},
-        **{f"llama-{name}": {"lr": 1e-2, "period": 50} for name in ("tiny", "9m", "20m")},
+        **{f"llama-{name}": {"lr": 1e-2, "period": 50} for name in ("tiny", "3m", "9m", "20m")},
         "*": {"lr": 1e-2},
     },
     limits=_LIMITS,

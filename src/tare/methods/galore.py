@@ -14,12 +14,12 @@ from tare.subspace.refresh import Refresh
 from tare.subspace.wrapper import Subspace
 
 # Ranks of the paper for 60M to 350M, and the same share of the width (a quarter) below.
-LLAMA_RANKS = {"tiny": 32, "9m": 64, "20m": 96, "60m": 128, "130m": 256, "350m": 256}
+LLAMA_RANKS = {"tiny": 32, "3m": 48, "9m": 64, "20m": 96, "60m": 128, "130m": 256, "350m": 256}
 
 
 def llama_presets(common: dict[str, Any], ranks: dict[str, int] | None = None) -> dict[str, dict[str, Any]]:
     """Arguments by named model. The small ones run for hundreds of steps, not 10,000: their bases live 50 steps."""
-    short = ("tiny", "9m", "20m")
+    short = ("tiny", "3m", "9m", "20m")
     return {
         f"llama-{name}": {**common, "rank": rank, **({"period": 50} if name in short else {})}
         for name, rank in (ranks or LLAMA_RANKS).items()

@@ -105,8 +105,9 @@ def plan(
     keys.sort(key=lambda key: registry.card(key).auto_rank)
     check_known(hyper or {}, keys)
     settings = Settings(
-        config, name, batch, seq, dtype, precision, checkpointing, release, accumulate, storage, dict(hyper or {})
-    )
+        config, name, batch, seq, dtype, precision, checkpointing, release, accumulate, storage, dict(hyper or {}),
+        alone=len(keys) == 1,
+    )  # fmt: skip
     rows = tuple(plan_row(settings, key, limit) for key in keys)
     nothing = limit is not None and rows and not any(row.fits for row in rows)
     return Plan(settings, limit, rows, advise(settings, keys, limit) if nothing and limit else None)

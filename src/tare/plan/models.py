@@ -34,6 +34,7 @@ class ModelShape:
 # The last five are the shapes of the GaLore, Fira and APOLLO papers, from the configs published with them.
 MODELS: dict[str, ModelShape] = {
     "llama-tiny": ModelShape(128, 344, 4, 4, vocab=1024),  # 1.1 M parameters
+    "llama-3m": ModelShape(192, 512, 6, 5, vocab=2048),
     "llama-9m": ModelShape(256, 768, 8, 8, vocab=4096),
     "llama-20m": ModelShape(384, 1024, 6, 9, vocab=4096),
     "llama-60m": ModelShape(512, 1376, 8, 8),

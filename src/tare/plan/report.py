@@ -1,4 +1,4 @@
-"""A plan for eyes (a `rich` table) and for programs (JSON)."""
+"""A plan for eyes (a `rich` table: one unit for all sizes, the event of the peak, what fits) and for programs (JSON)."""
 
 import dataclasses
 from typing import TYPE_CHECKING, Any
@@ -6,42 +6,32 @@ from typing import TYPE_CHECKING, Any
 from tare.plan.budget import format_bytes
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.table import Table
 
     from tare.plan.api import Plan
 
-
-def table(plan: "Plan") -> "Table":
-    """A line per method: the parts of its peak in one unit, the event at which it occurs, whether it fits."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    unit, scale = _unit(max((row.peak for row in plan.rows), default=0))
-    grid = Table(title=title(plan), caption=caption(plan), box=SIMPLE_HEAD, pad_edge=False)
-    grid.title_justify = grid.caption_justify = "left"
-    grid.add_column("method", no_wrap=True)
-    grid.add_column("rank", justify="right")
-    for name in ("weights", "grads", "state", "activ.", "temp."):
-        grid.add_column(name, justify="right", no_wrap=True)
-    grid.add_column(f"peak {unit}", justify="right", no_wrap=True, style="bold")
-    grid.add_column("at")
-    if plan.budget is not None:
-        grid.add_column("fits")
-    for row in plan.rows:
-        parts = (row.weights, row.gradients, row.state, row.activations, row.temporaries, row.peak)
-        fits = [] if plan.budget is None else ["[green]yes[/]" if row.fits else "[red]no[/]"]
-        rank = str(row.options.get("rank", "-"))
-        cells = [f"{part / scale:.2f}" if part else "0" for part in parts]
-        grid.add_row(row.method, rank, *cells, row.note or row.event, *fits)
-    return grid
+PARTS = ("weights", "gradients", "state", "activations", "temporaries", "peak")
 
 
-def _unit(size: int) -> tuple[str, int]:
-    """The unit in which the largest figure has one to four digits before the point."""
-    return ("GiB", 1024**3) if size >= 1024**3 else ("MiB", 1024**2)
+def show(plan: "Plan") -> "RenderableType":
+    """The table with its heading, what stands against single methods, and the advice if nothing fits."""
+    from rich.console import Group
+    from rich.text import Text
+
+    unit, _ = _unit(plan)
+    lines: list[RenderableType] = [Text(heading(plan), style="bold"), Text(), table(plan), Text()]
+    lines += [Text(f"{row.method}: {row.note}") for row in plan.rows if row.note]
+    lines.append(
+        Text(f"{unit} of tensors at the moment of the peak; state is exact. A device's own needs come on top.")
+    )
+    if plan.advice is not None:
+        assert plan.budget is not None
+        lines.append(Text(f"Nothing fits {format_bytes(plan.budget)}; {plan.advice.text}.", style="bold"))
+    return Group(*lines)
 
 
-def title(plan: "Plan") -> str:
+def heading(plan: "Plan") -> str:
     """The settings in one line."""
     s = plan.settings
     words = [s.name, f"batch {s.batch}", f"seq {s.seq}", s.precision]
@@ -52,10 +42,33 @@ def title(plan: "Plan") -> str:
     return ", ".join(words)
 
 
-def caption(plan: "Plan") -> str:
-    """What the figures are, and what to change if nothing fits."""
-    basis = "Parts are those at the moment of the peak. Tensors only: a CUDA context and fragmentation come on top."
-    return basis if plan.advice is None else f"Nothing fits; {plan.advice.text}.\n{basis}"
+def table(plan: "Plan") -> "Table":
+    """A line per method: the parts of its peak in one unit, the event at which it occurs, whether it fits."""
+    from rich import box
+    from rich.table import Table
+
+    unit, size = _unit(plan)
+
+    found = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_edge=False)
+    found.add_column(unit, no_wrap=True)
+    for name in PARTS:
+        found.add_column(name, justify="right", no_wrap=True, style="bold" if name == "peak" else None)
+    found.add_column("at", no_wrap=True)
+    if plan.budget is not None:
+        found.add_column("fits", no_wrap=True)
+    for row in plan.rows:
+        sizes = (
+            f"{getattr(row, name) / size:,.2f}" if size > 2**20 else f"{getattr(row, name) / size:,.1f}"
+            for name in PARTS
+        )
+        fits = [] if plan.budget is None else ["[green]yes[/]" if row.fits else "[red]no[/]"]
+        found.add_row(row.method, *sizes, row.event, *fits)
+    return found
+
+
+def _unit(plan: "Plan") -> tuple[str, int]:
+    largest = max((row.peak for row in plan.rows), default=0)
+    return ("GiB", 2**30) if largest >= 10 * 2**30 else ("MiB", 2**20)
 
 
 def to_json(plan: "Plan") -> dict[str, Any]:

@@ -73,9 +73,14 @@ def resolve(
     return Choice(key, lr, options, dataclasses.replace(own, **changes), release)
 
 
-def applicable(key: str, hyper: dict[str, Any]) -> dict[str, Any]:
-    """The part of `hyper` that this method has a use for (a rank means nothing to AdamW)."""
+def applicable(key: str, hyper: dict[str, Any], alone: bool = True) -> dict[str, Any]:
+    """The part of `hyper` that this method has a use for (a rank means nothing to AdamW).
+
+    alone: False where several methods share `hyper`; one made for rank 1 (apollo-mini) then stays what it is.
+    """
     known = registry.options(key)
+    if not alone and "rank" in known and known["rank"].default == 1:
+        hyper = {name: value for name, value in hyper.items() if name != "rank"}
     return {
         name: value
         for name, value in hyper.items()

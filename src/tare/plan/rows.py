@@ -31,6 +31,7 @@ class Settings:
     accumulate: int = 1
     storage: dict[str, Any] | Storage | None = None
     hyper: dict[str, Any] = field(default_factory=dict)
+    alone: bool = True  # whether one method is planned, to which all of `hyper` is meant
 
     def profile(self) -> StepProfile:
         """Activations and gradients of a micro-batch."""
@@ -46,7 +47,7 @@ class Settings:
     def choice(self, key: str) -> Choice:
         """The method with its arguments under these settings; what it has no use for is left out."""
         release = self.release and registry.card(key).release != "no"
-        hyper = applicable(key, self.hyper)
+        hyper = applicable(key, self.hyper, self.alone)
         return resolve(key, self.name, dtype=self.dtype, hyper=hyper, storage=self.storage, release=release)
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from tare.report.bench_rows import Ranks, Spec
+    from tare.report.bench_timing import Patience
 
 FORMAT = 1
 
@@ -48,6 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="also time refreshes and a staggered period",
     )
+    parser.add_argument(
+        "--patience",
+        metavar="S",
+        type=float,
+        default=60.0,
+        help="seconds for repeating samples that other processes disturb [60]",
+    )
     parser.add_argument("--out", metavar="FILE", help="write the result here, as JSON")
 
 
@@ -66,7 +74,7 @@ def run_parsed(args: argparse.Namespace) -> int:
     names = [name.strip() for name in args.methods.split(",") if name.strip()] if args.methods else None
     result = bench_step(
         args.shapes, names, rounds=args.rounds, threads=args.threads, seed=args.seed, peers=args.peers,
-        refresh=args.refresh, note=lambda text: print(text, file=sys.stderr, flush=True),
+        refresh=args.refresh, patience=args.patience, note=lambda text: print(text, file=sys.stderr, flush=True),
     )  # fmt: skip
     if args.out:
         result["command"] += f" --out {shlex.quote(_shown(args.out))}"
@@ -86,6 +94,7 @@ def bench_step(
     seed: int = 0,
     peers: bool = True,
     refresh: bool = True,
+    patience: float = 60.0,
     period: int = 200,
     refresh_rounds: int = 5,
     note: Callable[[str], None] = lambda text: None,
@@ -98,6 +107,7 @@ def bench_step(
         rounds: interleaved rounds. threads: of torch, for the time of this call. seed: of weights and gradients.
         peers: whether other packages are run where installed; absent ones are listed as such.
         refresh: whether refreshes and a staggered period are timed. period: updates between refreshes.
+        patience: seconds for repeating samples during which other processes took the cores.
         note: told what happens next.
 
     Returns:
@@ -132,7 +142,8 @@ def bench_step(
                 if spec.kind != "peer":
                     raise
                 absent.append({"key": spec.key, "package": spec.package, "reason": _line(fault)})
-        timed = bench_timing.rounds(bar, others, rounds, note)
+        waiting = bench_timing.Patience(patience)
+        timed = bench_timing.rounds(bar, others, rounds, waiting, note)
         rows = []
         for contender, times in zip([bar, *others], timed, strict=True):
             spec = contender.spec
@@ -151,7 +162,8 @@ def bench_step(
         result["refreshes"], result["staggered"] = [], []
         if refresh:
             keys = {spec.key for spec in wanted}
-            _refreshes(result, keys, bar, model, ranks, period, refresh_rounds, note)
+            _refreshes(result, keys, bar, model, ranks, period, refresh_rounds, waiting, note)
+        result["disturbed"] = waiting.to_json()
         result["load_after"] = os.getloadavg()[0]
         return result
     finally:
@@ -160,7 +172,7 @@ def bench_step(
 
 def _refreshes(
     result: dict[str, Any], keys: set[str], bar: Any, model: "nn.Module", ranks: "Ranks", period: int, count: int,
-    note: Callable[[str], None],
+    patience: "Patience", note: Callable[[str], None],
 ) -> None:  # fmt: skip
     from tare.report import bench_rows, bench_timing
 
@@ -168,7 +180,7 @@ def _refreshes(
         note(f"refresh: {_label(spec, ranks)}")
         contender = _ready(spec, model, ranks)
         bench_timing.warm_up(contender)
-        found = bench_timing.refresh(bar, contender, period, count)
+        found = bench_timing.refresh(bar, contender, period, count, patience)
         result["refreshes"].append({"key": spec.key, "label": _label(spec, ranks), "period": period, **found})
     for spec in (spec for spec in bench_rows.STAGGERED if spec.key in keys):
         note(f"{period} steps: {_label(spec, ranks)}")

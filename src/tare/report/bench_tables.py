@@ -86,7 +86,9 @@ def notes(result: Result) -> list[str]:
         f"largest matrix {shapes['largest_matrix_bytes'] / MIB:.2f} MiB.",
         f"{result['threads']} threads of {device['processor']} ({', '.join(device['instructions'])}), "
         f"torch {result['versions']['torch']}, median of {result['rounds']} interleaved rounds; "
-        f"load average {result['load_before']:.1f} before, {result['load_after']:.1f} after.",
+        f"load average {result['load_before']:.1f} before, {result['load_after']:.1f} after; samples repeated because other "
+        f"processes took more than {result['disturbed']['limit']:.0%} of the threads' time: {result['disturbed']['repeated']}, "
+        f"kept although they did: {result['disturbed']['kept']}.",
         f"{result['matrix_library']}; {result['native']}.",
         f"Fused AdamW moves {band['bar_gb_s']:.0f} GB/s ({ADAMW_BYTES} bytes a parameter); here a copy of 256 MiB reaches "
         f"{band['copy_gb_s']:.0f} and an update in place {band['in_place_gb_s']:.0f} GB/s.",

@@ -1,9 +1,11 @@
 """How `tare bench step` measures: interleaved rounds, ratios within a round, allocator events, refreshes apart, a whole staggered period.
 
-One ratio from one run says nothing on a shared machine: the bar is run before and after every step that is compared with it.
+One ratio from one run says nothing on a shared machine: the bar is run before and after every step that is compared with it, and
+samples during which other processes took the cores are repeated for a while.
 """
 
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +18,7 @@ from torch import nn
 from tare.plan.measure import StepMeter
 from tare.report.bench_rows import Contender
 
+DISTURBED = 0.15  # share of our threads' time taken by others above which a sample is repeated
 WARM_UP = 3  # steps before anything is timed: first touch of state, compilers, first bases
 
 
@@ -52,7 +55,67 @@ def warm_up(contender: Contender) -> None:
         contender.step()
 
 
-def rounds(bar: Contender, others: list[Contender], count: int, note: Callable[[str], None]) -> list[dict[str, Any]]:
+class Witness:
+    """How much of this process' threads' time other processes took since it was made, on Linux; else always 0.
+
+    0 where the cores that are left over were enough for them, 1 where they took as much time as all our threads have.
+    """
+
+    def __init__(self) -> None:
+        self._machine, self._own, self._wall = _machine_seconds(), time.process_time(), time.perf_counter()
+
+    def disturbance(self) -> float:
+        elapsed = time.perf_counter() - self._wall
+        others = (_machine_seconds() - self._machine - (time.process_time() - self._own)) / max(elapsed, 1e-9)
+        threads = torch.get_num_threads()
+        return max(0.0, others - max(0, (os.cpu_count() or 1) - threads)) / threads
+
+
+def _machine_seconds() -> float:
+    """CPU seconds that all processes have used since boot, and those that a hypervisor took."""
+    try:
+        with open("/proc/stat", encoding="ascii") as file:
+            fields = [int(word) for word in file.readline().split()[1:9]]
+    except (OSError, ValueError):
+        return time.process_time()
+    return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")  # all but idle and waiting
+
+
+class Patience:
+    """Seconds left for repeating samples that other processes disturbed. Which to repeat never depends on its time."""
+
+    def __init__(self, seconds: float) -> None:
+        self.left, self.repeated, self.kept = seconds, 0, 0
+
+    def again(self, disturbance: float, seconds: float) -> bool:
+        """Whether a sample that took so long is to be thrown away. Waits a little before the next."""
+        if disturbance <= DISTURBED:
+            return False
+        if self.left <= 0:
+            self.kept += 1
+            return False
+        pause = 0.25
+        time.sleep(pause)
+        self.left -= seconds + pause
+        self.repeated += 1
+        return True
+
+    def sample(self, *steps: Callable[[], object], prepare: Callable[[], object] = lambda: None) -> list[float]:
+        """Milliseconds of each step, made one after another; repeated while disturbed and patience lasts."""
+        while True:
+            prepare()
+            witness = Witness()
+            found = [milliseconds(step) for step in steps]
+            if not self.again(witness.disturbance(), sum(found) / 1e3):
+                return found
+
+    def to_json(self) -> dict[str, float]:
+        return {"limit": DISTURBED, "repeated": self.repeated, "kept": self.kept}
+
+
+def rounds(
+    bar: Contender, others: list[Contender], count: int, patience: Patience, note: Callable[[str], None]
+) -> list[dict[str, Any]]:
     """Times of every contender in `count` rounds; each of its steps stands between two of the bar.
 
     The order rotates from round to round, so that nobody always follows the same neighbour. The first entry is the bar's.
@@ -63,15 +126,13 @@ def rounds(bar: Contender, others: list[Contender], count: int, note: Callable[[
         for number in range(count):
             note(f"round {number + 1} of {count}")
             turn = number % max(1, len(others))
-            before = milliseconds(bar.step)
-            bars.append(before)
             for contender in others[turn:] + others[:turn]:
-                own = milliseconds(contender.step)
-                after = milliseconds(bar.step)
-                bars.append(after)
+                before, own, after = patience.sample(bar.step, contender.step, bar.step)
+                bars += [before, after]
                 found[id(contender)]["ms"].append(own)
                 found[id(contender)]["bar_ms"].append((before + after) / 2)
-                before = after
+            if not others:
+                bars += patience.sample(bar.step)
     rows: list[dict[str, Any]] = [{"ms": bars, "bar_ms": bars}, *(found[id(c)] for c in others)]
     for row in rows:
         row["ratios"] = [a / b for a, b in zip(row["ms"], row["bar_ms"], strict=True)]
@@ -88,15 +149,19 @@ def temporaries(model: nn.Module, contender: Contender) -> int:
     return meter.peak - meter.baseline
 
 
-def refresh(bar: Contender, contender: Contender, period: int, count: int) -> dict[str, Any]:
+def refresh(bar: Contender, contender: Contender, period: int, count: int, patience: Patience) -> dict[str, Any]:
     """What a refresh of all matrices in one step costs: refresh step, ordinary step and bar, `count` times."""
-    found: dict[str, list[float]] = {"refresh_ms": [], "plain_ms": [], "bar_ms": []}
+    found: dict[str, list[float]] = {"refresh_ms": [], "bar_ms": [], "plain_ms": []}
     with no_collector():
-        for number in range(1, count + 1):
-            contender.jump(number * period)  # the next update begins a period
-            found["refresh_ms"].append(milliseconds(contender.step))
-            found["bar_ms"].append(milliseconds(bar.step))
-            found["plain_ms"].append(milliseconds(contender.step))
+        periods = iter(range(1, 1 << 30))
+
+        def begin() -> None:
+            contender.jump(next(periods) * period)  # the next update begins a period
+
+        for _ in range(count):
+            steps = (contender.step, bar.step, contender.step)
+            for name, value in zip(found, patience.sample(*steps, prepare=begin), strict=True):
+                found[name].append(value)
     extra = [(a - b) for a, b in zip(found["refresh_ms"], found["plain_ms"], strict=True)]
     amortised = [x / period / b for x, b in zip(extra, found["bar_ms"], strict=True)]
     spike = [a / b for a, b in zip(found["refresh_ms"], found["plain_ms"], strict=True)]
@@ -106,11 +171,13 @@ def refresh(bar: Contender, contender: Contender, period: int, count: int) -> di
 def staggered(bar: Contender, contender: Contender, period: int) -> dict[str, Any]:
     """Every step of one period, with the bar between as a witness of the machine's own spikes."""
     own, bars = [], []
+    witness = Witness()
     with no_collector():
         for _ in range(period):
             own.append(milliseconds(contender.step))
             bars.append(milliseconds(bar.step))
-    return {"first_ms": contender.first_ms, "steps_ms": own, "bar_ms": bars, **_worst(own), "bar": _worst(bars)}
+    found = {"first_ms": contender.first_ms, "steps_ms": own, "bar_ms": bars, "disturbance": witness.disturbance()}
+    return {**found, **_worst(own), "bar": _worst(bars)}
 
 
 def _worst(values: list[float]) -> dict[str, float]:

@@ -117,12 +117,10 @@ def for_method(config: RunConfig, key: str, methods: list[str]) -> RunConfig:
     check_known(config.method.options, methods)
     if config.method.rank is not None and not any("rank" in registry.options(each) for each in methods):
         raise InputError(f"method.rank: none of {', '.join(methods)} has a rank; leave it out")
-    # A method made for rank 1 (apollo-mini) stays what it is when the others are compared at some rank.
-    rank = registry.options(key).get("rank")
     method = replace(
         config.method,
         key=key,
-        rank=config.method.rank if rank is not None and rank.default != 1 else None,
+        rank=applicable(key, {"rank": config.method.rank}, alone=len(methods) == 1).get("rank"),
         options=applicable(key, config.method.options),
     )
     folder = Path(config.run.out) / key

@@ -49,7 +49,6 @@ class Adam(Transform):
         return self._direction(grad, state, step, spent=False)
 
     def consume(self, grad: Tensor, state: State, step: Step) -> Dense:
-        """`update` for a gradient that is not needed afterwards (a projected one): U may take its memory."""
         return self._direction(grad, state, step, spent=True)
 
     def _direction(self, grad: Tensor, state: State, step: Step, spent: bool) -> Dense:

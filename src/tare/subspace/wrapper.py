@@ -20,7 +20,6 @@ from tare.core.storage import Storage
 from tare.core.tensors import column_norms, healthy, whole_norm
 from tare.core.transform import Sharding, StateSpec, Step, Transform
 from tare.kernels import gemm
-from tare.rules.adam import Adam
 from tare.subspace.bases import Basis, Side
 from tare.subspace.limiter import NormGrowth
 from tare.subspace.refresh import Refresh
@@ -165,9 +164,7 @@ class Subspace(Transform):
 
     def _spend(self, projected: Tensor, state: State, step: Step) -> Dense:
         """N, which may take the memory of R: nobody reads R after this."""
-        if isinstance(self.rule, Adam):
-            return self.rule.consume(projected, state, step)
-        direction = self.rule.update(projected, state, step)
+        direction = self.rule.consume(projected, state, step)
         assert isinstance(direction, Dense)
         return direction
 

@@ -34,7 +34,7 @@ class DataConfig(Section):
     source: str = setting("stdlib", '"stdlib", a text file or folder, .jsonl, .parquet, or a hub name')
     eval_source: str | None = setting(None, "evaluation data; none = documents held out of the source")
     text_column: str = setting("text", "the column that holds the text in .jsonl, .parquet and hub data")
-    seq: int = setting(256, "tokens per sequence", low=2)
+    seq: int = setting(128, "tokens per sequence", low=2)
     eval_fraction: float = setting(0.02, "share of tokens held out when there is no eval_source", above=0, below=1)
     eval_tokens: int = setting(32_768, "tokens evaluated each time", low=1)
 
@@ -63,8 +63,8 @@ class TrainConfig(Section):
     """The schedule of the run."""
 
     title = "train"
-    steps: int = setting(200, "optimizer steps", low=1)
-    batch: int = setting(8, "sequences per micro-batch", low=1)
+    steps: int = setting(400, "optimizer steps", low=1)
+    batch: int = setting(4, "sequences per micro-batch", low=1)
     accumulate: int = setting(1, "micro-batches per step", low=1)
     schedule: Literal["cosine", "constant"] = setting("cosine", "learning-rate schedule after the warm-up")
     warmup: float = setting(0.1, "warm-up: a share of the steps (< 1) or a number of steps", low=0)
@@ -93,8 +93,8 @@ class RunSection(Section):
     seed: int = setting(0, "seed of everything random", low=0, below=2**63)
     device: str = setting("auto", "auto, cpu, mps, cuda or cuda:N")
     resume: bool = setting(False, "continue the run in the output folder")
-    checkpoint_every: int = setting(50, "steps between checkpoints", low=1)
-    eval_every: int = setting(50, "steps between evaluations", low=1)
+    checkpoint_every: int = setting(100, "steps between checkpoints", low=1)
+    eval_every: int = setting(100, "steps between evaluations", low=1)
     keep: int = setting(2, "checkpoints kept, the best one apart", low=2)
     threads: int | None = setting(None, "CPU threads; none = torch's own choice", low=1)
     tensorboard: bool = setting(False, "also write TensorBoard events")
