@@ -49,7 +49,8 @@ def test_json_and_table(plan: Plan) -> None:
     console.print(plan.table())
     text = console.export_text()
     assert all(key in text for key in plan_keys(plan))
-    assert "fits" in text and "MiB" in text
+    assert "fits" in text
+    assert "MiB" in text
 
 
 @pytest.mark.parametrize("budget", ["12MiB", "8MiB", "6MiB"])

@@ -7,9 +7,11 @@ rounding could differ. No global generator is read or moved.
 import functools
 import hashlib
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from tare.core.tensors import is_fake
 from tare.kernels.rounding import hash32, mix32
@@ -47,8 +49,9 @@ def bits(key: int, start: int, count: int, device: torch.device | str = "cpu") -
 
 
 def _table(like: Tensor) -> Tensor:
-    """The table beside `like`. Never kept from fake tensors, which would outlive their mode in the cache."""
-    return _quantiles.__wrapped__(str(like.device)) if is_fake(like) else _quantiles(str(like.device))
+    """The table beside `like`; a real one under fake tensors too, since it is kept and they would outlive their mode."""
+    with unset_fake_temporarily() if is_fake(like) else nullcontext():
+        return _quantiles(str(like.device))
 
 
 @functools.lru_cache(maxsize=8)

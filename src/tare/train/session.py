@@ -14,6 +14,7 @@ from torch import nn
 
 from tare.core.errors import CheckpointError, InputError
 from tare.core.optimizer import Optimizer
+from tare.kernels import gemm
 from tare.methods import registry
 from tare.plan.models import build_model, enable_checkpointing
 from tare.plan.resolve import Choice
@@ -58,6 +59,7 @@ def build(config: RunConfig, predicted: dict[str, int], progress: Callable[[str]
     optimizer = build_optimizer(config, model)
     corpus = open_corpus(config.data, model.config.vocab_size, config.model.tokenizer, progress)  # type: ignore[union-attr, arg-type]
     order = corpus.dataset(config.run.seed, config.train.batch)
+    gemm.decided()  # settled now, not inside the first step, whose memory and time are measured
     peaks = [float(group["lr"]) for group in optimizer.param_groups]
     seed_everything(config.run.seed)
     return Session(config, device, model, corpus, order, optimizer, Schedule.of(config.train), peaks, predicted)
