@@ -7,7 +7,7 @@ from tare.core.transform import Transform, Work
 from tare.kernels import native, rounding
 
 # Elements handled at once by element-wise rules: weight, gradient, moment and direction of a chunk (4 MiB of fp32) stay in
-# the private caches of two cores, and the temporaries are small. Twice as many make Lion a sixth slower.
+# the private caches of two cores, and the temporaries are small.
 CHUNK = 1 << 18
 
 

@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import shlex
-import subprocess
 import sys
 import time
 import warnings
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tare.core.errors import InputError, nearest
+from tare.report import provenance
 
 if TYPE_CHECKING:
     from torch import nn
@@ -290,50 +290,15 @@ def _about(
     command += f" --methods {','.join(methods)}" if methods else ""
     command += f" --rounds {rounds} --threads {threads} --seed {seed}"
     command += ("" if peers else " --no-peers") + ("" if refresh else " --no-refresh")
-    commit, changed = _commit()
+    sha, changed = provenance.commit()
     packages = ["tare", "torch", *sorted({spec.package for spec in ROWS if spec.package})]
     return {
-        "kind": "bench-step", "format": FORMAT, "command": command, "seed": seed, "commit": commit,
+        "kind": "bench-step", "format": FORMAT, "command": command, "seed": seed, "commit": sha,
         "uncommitted_changes": changed, "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "device": _device(), "threads": threads, "rounds": rounds, "load_before": load,
+        "device": provenance.device(), "threads": threads, "rounds": rounds, "load_before": load,
         "versions": {name: _version(name) for name in packages}, "python": platform.python_version(),
         "matrix_library": gemm.describe(), "native": native.reason(),
     }  # fmt: skip
-
-
-def _device() -> dict[str, Any]:
-    """The processor, as far as it concerns speed; nothing that names the machine."""
-    fields: dict[str, str] = {}
-    try:
-        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
-            name, _, value = line.partition(":")
-            fields.setdefault(name.strip(), value.strip())
-    except OSError:
-        pass
-    flags = set(fields.get("flags", "").split())
-    kept = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
-    model = f"family {fields.get('cpu family', '?')} model {fields.get('model', '?')}"
-    return {
-        "processor": fields.get("model name") or platform.processor() or platform.machine(),
-        "model": model, "cores": os.cpu_count(), "cache": fields.get("cache size", ""), "instructions": kept,
-        "system": f"{platform.system()} {platform.machine()}",
-    }  # fmt: skip
-
-
-def _commit() -> tuple[str | None, bool | None]:
-    """The commit of the source tree this file lies in, and whether files under `src` differ from it."""
-    root = Path(__file__).parents[3]
-    if not (root / ".git").exists():
-        return None, None
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=20, check=True)
-        return done.stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", "src"))
-    except (OSError, subprocess.SubprocessError):
-        return None, None
 
 
 def _version(package: str) -> str | None:

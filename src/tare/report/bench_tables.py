@@ -137,9 +137,51 @@ def _said(result: Result) -> str:
     return "\n".join(f"- {line}" for line in notes(result))
 
 
+def compared(result: Result) -> str:
+    """A row a method, as `tare compare` found them, and what has to be said beside."""
+    header = ("method", "lr", "eval loss", "perplexity", "state MiB", "peak MiB, predicted", "measured", "tokens/s")
+    rows = [
+        (
+            f"`{row['method']}`",
+            f"{row['settings'].get('lr', 0):g}",
+            f"{row['loss']:.3f}",
+            f"{row['perplexity']:.1f}",
+            f"{row['state_bytes'] / MIB:.2f}",
+            f"{row['predicted_peak'] / MIB:.1f}",
+            f"{row['measured_peak'] / MIB:.1f}",
+            f"{row['tokens_per_second']:,.0f}",
+        )
+        for row in result["rows"]
+        if row["status"] == "done"
+    ]
+    config, device = result["config"], result["device"]
+    note = (
+        f"{config['model']['name']}, {rows and result['rows'][0]['tokens']:,} tokens each, batch {config['train']['batch']} x "
+        f"{config['data']['seq']}, seed {result['seed']}, {result['threads']} threads of {device['processor']}, torch "
+        f"{result['torch']}; `{result['command']}`, commit {(result['commit'] or 'unknown')[:12]}, {result['date']}."
+    )
+    return f"{_rendered((header, rows))}\n\n- {note}"
+
+
+def swept(result: Result) -> str:
+    """Evaluation loss by method and learning rate."""
+    methods: dict[str, list[Result]] = {}
+    for row in result["rows"]:
+        methods.setdefault(row["method"], []).append(row)
+    rows: list[tuple[str, ...]] = []
+    for method, found in methods.items():
+        best = min(found, key=lambda row: row["loss"])
+        tried = ", ".join(f"{row['lr']:g}: {row['loss']:.3f}" for row in found)
+        rows.append((f"`{method}`", tried, f"{best['lr']:g}"))
+    note = f"`{result['command']}`, commit {result['commit'][:12]}, {result['date']}, seed {result['seed']}."
+    return f"{_rendered((('method', 'learning rate: loss', 'best'), rows))}\n\n- {note}"
+
+
 # What stands behind `<!-- table: FILE -->` or `<!-- table: FILE/VIEW -->`: the file's own name is its default view.
 VIEWS: dict[str, Callable[[Result], str]] = {
     "step-llama-60m": lambda result: f"{_rendered(steps(result))}\n\n{_said(result)}",
+    "compare-llama-3m": compared,
+    "sweep-llama-3m": swept,
     "steps": lambda result: _rendered(steps(result)),
     "refreshes": lambda result: _rendered(refreshes(result)),
     "staggered": lambda result: _rendered(staggered(result)),
