@@ -22,15 +22,15 @@ from tare.train.config import DataConfig, MethodConfig, ModelConfig, RunConfig, 
 from tare.train.loop import train
 
 GRID = {
-    "adamw": (1e-3, 2e-3, 4e-3, 8e-3),
+    "adamw": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
+    "apollo-mini": (1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2),
+    "apollo": (2.5e-3, 5e-3, 1e-2),
+    "fira": (2.5e-3, 5e-3, 1e-2),
     "galore": (5e-3, 1e-2, 2e-2),
-    "apollo-mini": (5e-3, 1e-2, 2e-2),
-    "apollo": (5e-3, 1e-2, 2e-2),
-    "fira": (5e-3, 1e-2, 2e-2),
-    "lion": (2.5e-4, 5e-4, 1e-3),
-    "adamw-8bit": (1e-3, 2e-3, 4e-3),
+    "adamw-8bit": (5e-4, 1e-3),
     "galore-8bit": (5e-3, 1e-2),
-    "galore-adafactor": (5e-3, 1e-2, 2e-2),
+    "galore-adafactor": (2.5e-3, 5e-3, 1e-2),
+    "lion": (1.25e-4, 2.5e-4, 5e-4),
 }
 
 
