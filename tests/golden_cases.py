@@ -1,7 +1,7 @@
 """The recorded traces: arrays stepped by the authors' code, and how each of their hyperparameters is called here."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tare.core.storage import Storage
+from tare.subspace.bases import Side, SVDBasis
 from tare.testing import RecordedBasis
 
 FOLDER = Path(__file__).parent / "golden"
@@ -40,6 +41,30 @@ def names(*prefixes: str) -> list[str]:
     return sorted(p.stem for p in FOLDER.glob("*.safetensors") if p.stem.startswith(prefixes))
 
 
+@dataclass(frozen=True)
+class SVDWithRecordedSigns(SVDBasis):
+    """The library's own SVD, each vector in the sign of the trace.
+
+    Signs are LAPACK's choice and kept moments feel them at a refresh, so another build of LAPACK would step otherwise.
+    """
+
+    trace: dict[tuple[int, str], Tensor] = field(default_factory=dict, compare=False)
+
+    def compute(self, grad: Tensor, side: Side, previous: Tensor | None, key: int, index: int = 0) -> Tensor | None:
+        own = super().compute(grad, side, previous, key, index)
+        signs = (own * self.trace[index, side]).sum(0).sign()
+        return own * signs.to(own.dtype)
+
+
+def svd_of(case: Case) -> SVDWithRecordedSigns:
+    trace = {}
+    for name, sides in (("P", ("left", "right")), ("P_left", ("left",)), ("P_right", ("right",))):
+        if name in case.tensors:
+            for k, step in enumerate(case.tensors[f"{name}_step"].tolist()):
+                trace.update({(step, side): case.tensors[name][k] for side in sides})
+    return SVDWithRecordedSigns(case.hyper["rank"], trace)
+
+
 SIDES = {"std": "shorter", "reverse_std": "longer", "left": "left", "right": "right", "full": "both"}
 
 
@@ -67,6 +92,8 @@ def translate(case: Case) -> tuple[str, dict[str, Any], str]:
         return "lion", {**common, "storage": Storage(moment="int8", min_quantized=1, block=h["blocksize"])}, "linear"
     if entry == "lion.lion_pytorch.Lion":
         return "lion", common, "linear"
+    if "rank" in h:
+        common["basis"] = svd_of(case)
     low = {"period": h.get("update_proj_gap", 200), "side": SIDES[h.get("proj_type", "std")]}
     if case.meta["dtype"] == "bfloat16":
         low["storage"] = Storage(moment="bf16_legacy")
@@ -83,7 +110,7 @@ def translate(case: Case) -> tuple[str, dict[str, Any], str]:
     if entry.startswith("apollo"):
         own = {"rank": h["rank"], "scale": h["scale"], "scale_front": h["scale_front"], "eps": h["eps"]}
         own |= {"gamma": None if h["disable_nl"] else h["gamma"], "lift": h["scale_type"], "limiter_zero": "legacy"}
-        own["basis"] = "svd" if h["proj"] == "svd" else recorded(case)
+        own["basis"] = svd_of(case) if h["proj"] == "svd" else recorded(case)
         return "apollo-mini" if h["rank"] == 1 else "apollo", {**common, **low, **own}, "linear"
     raise KeyError(entry)
 
