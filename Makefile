@@ -14,7 +14,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 
 demo: $(VENV)/ready
 	rm -rf runs/demo
-	$(BIN)/tare compare --methods adamw,galore,apollo-mini --model llama-3m --batch 8 --steps 600 --eval-every 150 --out runs/demo $(DEMO)
+	$(BIN)/tare compare --methods adamw,galore,apollo-mini --model llama-3m --batch 8 --steps 600 --eval-every 150 --budget 512MiB --out runs/demo $(DEMO)
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest
