@@ -29,10 +29,7 @@ CARD = Card(
         "eps": "1e-8 (torch)",
         "weight_decay": "1e-2 (torch)",
     },
-    presets={
-        "llama-60m": {"lr": 1e-3, "weight_decay": 0.0},
-        "*": {"lr": 1e-3, "weight_decay": 0.0},
-    },
+    presets={"*": {"lr": 1e-3, "weight_decay": 0.0}},
     limits=("8 bytes of state for every weight: the cost that the other methods take off.",),
     auto_rank=10,
     state="8 m n",

@@ -7,7 +7,7 @@ from torch import Tensor
 from tare.core.recipe import Match, Recipe
 from tare.core.storage import Storage
 from tare.methods.base import TARGETS, Method
-from tare.methods.galore import LLAMA_RANKS, llama_presets, side_name
+from tare.methods.galore import LLAMA_RANKS, SMALL, llama_presets, side_name
 from tare.methods.registry import Card, register
 from tare.rules.adam import Adam
 from tare.subspace.bases import Basis, make_basis
@@ -48,7 +48,7 @@ CARD = Card(
         "lr": "1e-2", "rank": "128, 192, 256, 256, 256 (60M to 7B; about s/4)", "period": "200", "scale": "1",
         "gamma": "1.01", "eps": "1e-6 (code)", "weight_decay": "0",
     },
-    presets={**llama_presets({"lr": 1e-2}, _RANKS), "*": {"lr": 1e-2, "rank": 256}},
+    presets={**llama_presets(5e-3, _RANKS), "*": {"lr": 1e-2, "rank": 256}},
     limits=_LIMITS,
     differences=_DIFFERENCES,
     auto_rank=30,
@@ -69,7 +69,7 @@ MINI_CARD = Card(
     },
     presets={
         "llama-60m": {"lr": 1e-2, "scale_front": True}, "llama-130m": {"lr": 1e-2, "scale": 192.0, "scale_front": True},
-        **{f"llama-{name}": {"lr": 1e-2, "period": 50} for name in ("tiny", "3m", "9m", "20m")},
+        **{f"llama-{name}": {"lr": 2.5e-3, "period": 50} for name in SMALL},
         "*": {"lr": 1e-2},
     },
     limits=_LIMITS,

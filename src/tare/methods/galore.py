@@ -17,14 +17,25 @@ from tare.subspace.wrapper import Subspace
 LLAMA_RANKS = {"tiny": 32, "3m": 48, "9m": 64, "20m": 96, "60m": 128, "130m": 256, "350m": 256}
 
 
-def llama_presets(common: dict[str, Any], ranks: dict[str, int] | None = None) -> dict[str, dict[str, Any]]:
-    """Arguments by named model. The small ones run for hundreds of steps, not 10,000: their bases live 50 steps."""
-    short = ("tiny", "3m", "9m", "20m")
+SMALL = ("tiny", "3m", "9m", "20m")
+
+
+def llama_presets(small_lr: float, ranks: dict[str, int] | None = None) -> dict[str, dict[str, Any]]:
+    """Arguments by named model: the papers' lr of 1e-2, and for the small ones the best of `bench/sweep.py`.
+
+    These run for hundreds of steps, not 10,000, so that their bases live 50 steps.
+    """
     return {
-        f"llama-{name}": {**common, "rank": rank, **({"period": 50} if name in short else {})}
+        f"llama-{name}": {"lr": small_lr, "rank": rank, "period": 50} if name in SMALL else {"lr": 1e-2, "rank": rank}
         for name, rank in (ranks or LLAMA_RANKS).items()
     }
 
+
+LARGE_PRESETS: dict[str, dict[str, Any]] = {
+    "llama-1b": {"lr": 1e-2, "rank": 512},
+    "llama-7b": {"lr": 5e-3, "rank": 1024, "period": 500},
+    "*": {"lr": 1e-2, "rank": 128},
+}
 
 CARD = Card(
     key="galore",
@@ -42,12 +53,7 @@ CARD = Card(
         "lr": "1e-2 (paper, C4; 5e-3 at 7B)", "rank": "128 (60M), 256 (130M, 350M), 512 (1B), 1024 (7B)",
         "period": "200 (500 at 7B)", "scale": "0.25", "eps": "1e-6 (code; paper 1e-8)", "weight_decay": "0",
     },
-    presets={
-        **llama_presets({"lr": 1e-2}),
-        "llama-1b": {"lr": 1e-2, "rank": 512},
-        "llama-7b": {"lr": 5e-3, "rank": 1024, "period": 500},
-        "*": {"lr": 1e-2, "rank": 128},
-    },
+    presets={**llama_presets(1e-2), **LARGE_PRESETS},
     limits=(
         "Embedding, head and norms keep dense Adam: most of the state of small models.",
         "The exact SVD makes refresh steps long; basis='randomized' with stagger=True does not.",

@@ -8,7 +8,7 @@ from tare.core.recipe import Match, Recipe
 from tare.core.storage import Storage
 from tare.methods.base import TARGETS, Method
 from tare.methods.galore import CARD as GALORE
-from tare.methods.galore import side_name
+from tare.methods.galore import LARGE_PRESETS, llama_presets, side_name
 from tare.methods.registry import Card, register
 from tare.rules.adafactor import Adafactor
 from tare.subspace.bases import Basis, make_basis
@@ -27,7 +27,7 @@ CARD = Card(
         "lr": "1e-2 (paper)", "rank": GALORE.defaults["rank"], "period": "200", "scale": "0.25",
         "beta1": "None (code); the paper keeps first-order statistics, 0.9", "clip_threshold": "1", "decay_rate": "-0.8",
     },
-    presets=GALORE.presets,
+    presets={**llama_presets(5e-3), **LARGE_PRESETS},
     limits=(*GALORE.limits, "Every leaf, dense ones too, is stepped by Adafactor."),
     differences=(
         "beta1: the paper's runs keep a first moment, the script's default does not; off is the default here.",

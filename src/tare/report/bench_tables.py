@@ -139,7 +139,16 @@ def _said(result: Result) -> str:
 
 def compared(result: Result) -> str:
     """A row a method, as `tare compare` found them, and what has to be said beside."""
-    header: tuple[str, ...] = ("method", "lr", "eval loss", "perplexity", "state MiB", "peak MiB, predicted", "measured", "tokens/s")
+    header: tuple[str, ...] = (
+        "method",
+        "lr",
+        "eval loss",
+        "perplexity",
+        "state MiB",
+        "peak MiB, predicted",
+        "measured",
+        "tokens/s",
+    )
     rows: list[tuple[str, ...]] = [
         (
             f"`{row['method']}`",
