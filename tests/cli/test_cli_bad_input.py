@@ -71,7 +71,11 @@ TABLE: list[tuple[str, int, str]] = [
     ("compare --methods adamw --method.options.x 1 --out {out}", 2, r"option 'x'"),
     ("methods galor", 2, rf"KEY: unknown method 'galor' \(did you mean 'galore'\?\); methods: {EVERY}"),
     # model
-    (MODEL + " llama-tin", 2, r"model 'llama-tin' .*did you mean 'llama-tiny'.*named models: llama-tiny, llama-3m, llama-9m"),
+    (
+        MODEL + " llama-tin",
+        2,
+        r"model 'llama-tin' .*did you mean 'llama-tiny'.*named models: llama-tiny, llama-3m, llama-9m",
+    ),
     (MODEL + " {f}/empty", 2, r"empty' has no config\.json"),
     (MODEL + " {f}/notjson", 2, r"notjson/config\.json: not a readable JSON file"),
     (MODEL + " {f}/nokind", 2, r"nokind/config\.json: no model_type"),
