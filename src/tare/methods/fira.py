@@ -34,7 +34,7 @@ CARD = Card(
         "scale": "0.25 (alpha; 0.0625 at 1B and 7B)", "gamma": "1.01", "eps": "1e-6 (code)", "form": "code",
     },
     presets={
-        **llama_presets(5e-3),
+        **llama_presets(2.5e-3),
         "llama-1b": {"lr": 1e-2, "rank": 512, "scale": 0.0625},
         "llama-7b": {"lr": 5e-3, "rank": 64, "scale": 0.0625, "period": 500},
         "*": {"lr": 1e-2, "rank": 128},

@@ -22,7 +22,10 @@ CARD = Card(
         "lr": "1e-4 (paper; 3-10x below AdamW's)", "betas": "(0.9, 0.99) (paper; language (0.95, 0.98))",
         "weight_decay": "0 (code); the paper's runs use 3-10x AdamW's",
     },
-    presets={"*": {"lr": 1e-4, "weight_decay": 0.1}},
+    presets={
+        **{f"llama-{name}": {"lr": 5e-4, "weight_decay": 0.1} for name in ("tiny", "3m", "9m", "20m")},
+        "*": {"lr": 1e-4, "weight_decay": 0.1},
+    },
     limits=(
         "Without weight decay the weights are unbounded; with it |W| <= 1 / wd.",
         "In bf16 weights an lr of 1e-4 rounds away above |W| = 0.03: use storage weight='stochastic'.",
