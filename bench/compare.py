@@ -22,7 +22,7 @@ from tare.train.config import DataConfig, ModelConfig, RunConfig, RunSection, Tr
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--methods", default=",".join(registry.keys()))
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--out", default="bench/results/compare-llama-3m.json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -40,7 +40,7 @@ def main() -> None:
         row["settings"].pop("run", None)
     sha, changed = commit()
     facts = {
-        "command": "python bench/compare.py", "commit": sha, "uncommitted_changes": changed, "date": time.strftime("%Y-%m-%d"),
+        "command": f"python bench/compare.py --steps {args.steps}", "commit": sha, "uncommitted_changes": changed, "date": time.strftime("%Y-%m-%d"),
         "device": device(), "torch": torch.__version__.split("+")[0], "seed": config.run.seed, "threads": 2,
     }  # fmt: skip
     Path(args.out).write_text(json.dumps({**facts, **result}, indent=1) + "\n")

@@ -25,21 +25,23 @@ GRID = {
     "adamw": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
     "apollo-mini": (1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2),
     "apollo": (2.5e-3, 5e-3, 1e-2),
-    "fira": (2.5e-3, 5e-3, 1e-2),
+    "fira": (1.25e-3, 2.5e-3, 5e-3, 1e-2),
     "galore": (5e-3, 1e-2, 2e-2),
     "adamw-8bit": (5e-4, 1e-3),
     "galore-8bit": (5e-3, 1e-2),
     "galore-adafactor": (2.5e-3, 5e-3, 1e-2),
-    "lion": (1.25e-4, 2.5e-4, 5e-4),
+    "lion": (1.25e-4, 2.5e-4, 5e-4, 1e-3),
+    "galore/randomized": (1e-2,),  # one power step and QR, leaves in turn, in place of the exact SVD
 }
 
 
 def setting(method: str, lr: float, out: str) -> RunConfig:
     """The setting of `make demo`, a little shorter, with everything fixed but the method and its learning rate."""
+    key, _, basis = method.partition("/")
     return RunConfig(
         model=ModelConfig(name="llama-3m"),
         data=DataConfig(source="stdlib", seq=128, eval_tokens=16_384),
-        method=MethodConfig(key=method, lr=lr),
+        method=MethodConfig(key=key, lr=lr, options={"basis": basis, "stagger": True} if basis else {}),
         train=TrainConfig(steps=250, batch=8),
         run=RunSection(out=out, checkpoint_every=1000, eval_every=250, threads=1),
     )
