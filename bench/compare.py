@@ -40,7 +40,8 @@ def main() -> None:
         row["settings"].pop("run", None)
     sha, changed = commit()
     facts = {
-        "command": f"python bench/compare.py --steps {args.steps}", "commit": sha, "uncommitted_changes": changed, "date": time.strftime("%Y-%m-%d"),
+        "command": f"python bench/compare.py --steps {args.steps}", "commit": sha, "uncommitted_changes": changed,
+        "date": time.strftime("%Y-%m-%d"),
         "device": device(), "torch": torch.__version__.split("+")[0], "seed": config.run.seed, "threads": 2,
     }  # fmt: skip
     Path(args.out).write_text(json.dumps({**facts, **result}, indent=1) + "\n")
