@@ -52,7 +52,8 @@ def test_workspace_of_factorizations_is_added(work: object, elements: int) -> No
     tracker.mark([g], "input")
     with tracker, tracker.phase("work"):
         work(g)  # type: ignore[operator]
-    assert tracker.peak("work").total == pytest.approx(meter.peak, rel=0.03)
+    # LAPACK asks for more where there are more threads: QR 5 % with two.
+    assert tracker.peak("work").total == pytest.approx(meter.peak, rel=0.07)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
