@@ -1,23 +1,15 @@
 """Markdown tables of README and docs, made from the JSON files in bench/results and from nothing else."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from tare.core.errors import InputError
-
-Table = Callable[[dict[str, Any]], str]
 
 
 def markdown(header: list[str], rows: list[list[str]], right: int = 1) -> str:
     """A table; columns from `right` on are numbers."""
     rule = ["---"] * right + ["---:"] * (len(header) - right)
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *rows])
-
-
-def mebibytes(count: float | None) -> str:
-    return "-" if count is None else f"{count / 2**20:.1f}"
 
 
 def render(name: str, results: Path) -> str:

@@ -90,7 +90,10 @@ class Subspace(Transform):
             return self.rule, "no single matrix: dense"
         if self.basis.rank > min(leaf.matrix):
             return self.rule, f"rank {self.basis.rank} > {min(leaf.matrix)}: dense"
-        return self, f"projected on the {'both sides' if self.side == 'both' else self.side_of(*leaf.matrix)}"
+        return (
+            self,
+            "projected on both sides" if self.side == "both" else f"projected on the {self.side_of(*leaf.matrix)}",
+        )
 
     def _inner(self, leaf: Leaf) -> Leaf:
         assert leaf.matrix is not None
