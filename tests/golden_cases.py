@@ -10,7 +10,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tare.core.storage import Storage
-from tare.subspace.bases import Side, SVDBasis
+from tare.subspace.bases import SVDBasis
+from tare.subspace.projection import Side
 from tare.testing import RecordedBasis
 
 FOLDER = Path(__file__).parent / "golden"

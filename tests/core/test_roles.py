@@ -121,7 +121,8 @@ def test_the_matrix_of_a_leaf() -> None:
 
     assert leaf((3, 4)).matrix == (3, 4)
     assert leaf((8, 3, 5, 5), "conv").matrix == (8, 75)
-    assert leaf((3, 4, 5), "expert").matrix is None
+    assert leaf((3, 4, 5), "expert").matrix == (4, 5)
+    assert leaf((3, 4, 5), "expert").view == (3, 4, 5)
     assert leaf((7,)).matrix is None
     assert leaf(()).matrix is None
     assert leaf((0, 4)).matrix is None

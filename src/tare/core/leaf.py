@@ -36,10 +36,24 @@ class Leaf:
 
     @property
     def matrix(self) -> tuple[int, int] | None:
-        """(m, n) as a low-rank rule sees it: a convolution is (out, in * kernel); None when this is no single matrix."""
-        if len(self.shape) < 2 or self.role == "expert" or self.numel == 0:
+        """(m, n) as a low-rank rule sees it: a convolution is (out, in * kernel), experts are many such matrices; None for
+        what is no matrix."""
+        if len(self.shape) < 2 or self.numel == 0:
             return None
+        if self.role == "expert" and len(self.shape) > 2:
+            return self.shape[-2], self.shape[-1]
         return self.shape[0], self.numel // self.shape[0]
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """() for a single matrix, (E,) for E experts in one tensor [E, m, n]: each is a matrix of its own."""
+        return (math.prod(self.shape[:-2]),) if self.role == "expert" and len(self.shape) > 2 else ()
+
+    @property
+    def view(self) -> tuple[int, ...]:
+        """The shape in which rules for matrices see this leaf: [m, n], or [E, m, n]."""
+        assert self.matrix is not None
+        return (*self.stack, *self.matrix)
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -30,13 +30,18 @@ def column_norms(x: Tensor, dim: int) -> Tensor:
 
     `vecdot` over dim 0 is 4-6 times faster than `vector_norm` there; over rows `vector_norm` is the faster one.
     """
-    if dim == 0:  # by row blocks, because vecdot forms the products
+    if x.ndim == 2 and dim in (0, -2):  # by row blocks, because vecdot forms the products
         blocks = x.split(max(1, _BLOCK // max(1, x.shape[1])))
         total = torch.linalg.vecdot(blocks[0], blocks[0], dim=0)
         for block in blocks[1:]:
             total += torch.linalg.vecdot(block, block, dim=0)
         return total.sqrt_().unsqueeze(0)
-    return torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return torch.linalg.vector_norm(x, dim=dim, keepdim=True)
+
+
+def matrix_norms(x: Tensor) -> Tensor:
+    """Frobenius norm of a matrix as a 0-d tensor, of each matrix of a batch [E, m, n] as [E, 1, 1]."""
+    return whole_norm(x) if x.ndim < 3 else torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
 
 
 def whole_norm(x: Tensor) -> Tensor:

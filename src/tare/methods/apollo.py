@@ -10,7 +10,8 @@ from tare.methods.base import TARGETS, Method
 from tare.methods.galore import LLAMA_RANKS, SMALL, llama_presets, side_name
 from tare.methods.registry import Card, register
 from tare.rules.adam import Adam
-from tare.subspace.bases import Basis, make_basis
+from tare.subspace.bases import Basis
+from tare.subspace.catalogue import make_basis
 from tare.subspace.limiter import NormGrowth
 from tare.subspace.refresh import Refresh
 from tare.subspace.wrapper import Subspace

@@ -9,8 +9,8 @@ from tare.core.optimizer import Optimizer
 from tare.core.recipe import Match, Recipe
 from tare.core.storage import Storage
 
-# The leaves that the low-rank papers project: attention and MLP weights. Embedding, head and norms stay dense.
-TARGETS: Match = ("linear", "conv")
+# The leaves that the low-rank papers project: attention and MLP weights (of experts too). Embedding, head and norms stay dense.
+TARGETS: Match = ("linear", "conv", "expert")
 
 
 class Method(Optimizer):

@@ -9,7 +9,8 @@ from tare.core.storage import Storage
 from tare.methods.base import TARGETS, Method
 from tare.methods.registry import Card, register
 from tare.rules.adam import Adam
-from tare.subspace.bases import Basis, make_basis
+from tare.subspace.bases import Basis
+from tare.subspace.catalogue import make_basis
 from tare.subspace.refresh import Refresh
 from tare.subspace.wrapper import Subspace
 

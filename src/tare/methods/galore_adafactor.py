@@ -11,7 +11,8 @@ from tare.methods.galore import CARD as GALORE
 from tare.methods.galore import LARGE_PRESETS, llama_presets, side_name
 from tare.methods.registry import Card, register
 from tare.rules.adafactor import Adafactor
-from tare.subspace.bases import Basis, make_basis
+from tare.subspace.bases import Basis
+from tare.subspace.catalogue import make_basis
 from tare.subspace.refresh import Refresh
 from tare.subspace.wrapper import Subspace
 

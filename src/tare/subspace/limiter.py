@@ -29,8 +29,9 @@ class NormGrowth:
         check_choice("limiter zero policy", self.zero, ("skip", "legacy"))
 
     def factor(self, norm: Tensor, rho: Tensor) -> Tensor:
-        """1 / q as a 0-d tensor, and `rho` moved on in place. No synchronisation. rho starts at infinity."""
-        if norm.device.type == "cpu" and not is_fake(norm):
+        """1 / q as a 0-d tensor, or one for each of a batch, and `rho` moved on in place. No synchronisation. rho starts at
+        infinity."""
+        if norm.device.type == "cpu" and norm.ndim == 0 and not is_fake(norm):
             return self._factor_of_numbers(norm, rho)
         norm = norm.to(rho.dtype)
         q = (norm / (rho + _GUARD)).clamp_(min=self.gamma).div_(self.gamma)

@@ -2,17 +2,24 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from tare.core.errors import InputError
-from tare.subspace.bases import Basis, Side
+from tare.core.leaf import Leaf
+from tare.core.transform import StateSpec
+from tare.subspace.bases import Basis, Turn
+from tare.subspace.projection import Projection, Side
 
 
 @dataclass(frozen=True, init=False)
 class RecordedBasis(Basis):
     """`RecordedBasis({step: P, ...})`: P [s, r] takes effect at the 0-based `step`; (P_left, P_right) for two-sided.
+
+    Integer vectors are numbers of columns, rows, entries or cosines; `like` then says of what kind of basis (methods that
+    have only one such kind set it themselves).
 
     >>> import torch
     >>> RecordedBasis({0: torch.eye(4)[:, :2]}).rank
@@ -20,16 +27,24 @@ class RecordedBasis(Basis):
     """
 
     bases: Mapping[int, Tensor | tuple[Tensor, Tensor]] = field(default_factory=dict)
+    like: Basis | None = None
 
     needs_gradient: ClassVar[bool] = False
     orthonormal: ClassVar[bool] = False
 
-    def __init__(self, bases: Mapping[int, Tensor | tuple[Tensor, Tensor]]):
+    def __init__(self, bases: Mapping[int, Tensor | tuple[Tensor, Tensor]], like: Basis | None = None):
         if 0 not in bases:
             raise InputError("RecordedBasis: no basis for step 0; steps are counted from 0")
         first = bases[0]
-        object.__setattr__(self, "rank", (first[0] if isinstance(first, tuple) else first).shape[1])
+        object.__setattr__(self, "rank", (first[0] if isinstance(first, tuple) else first).shape[-1])
         object.__setattr__(self, "bases", dict(bases))
+        object.__setattr__(self, "like", like)
+
+    @property
+    def of_numbers(self) -> bool:
+        """Whether it holds numbers of columns and the like instead of matrices."""
+        first = self.bases[0]
+        return isinstance(first, Tensor) and not first.is_floating_point()
 
     def recorded(self, index: int) -> bool | None:
         return index in self.bases
@@ -37,7 +52,44 @@ class RecordedBasis(Basis):
     def compute(self, grad: Tensor, side: Side, previous: Tensor | None, key: int, index: int = 0) -> Tensor | None:
         entry = self.bases[index]
         p = entry if isinstance(entry, Tensor) else entry[0 if side == "left" else 1]
-        size = grad.shape[0] if side == "left" else grad.shape[1]
-        if p.shape[0] != size:
-            raise InputError(f"RecordedBasis: step {index} has {p.shape[0]} rows, the {side} side of G has {size}")
+        if self.of_numbers:
+            if self.like is None:
+                raise InputError("RecordedBasis: numbers need a kind of basis; pass like=CoordinateBasis(...) or DCTBasis(...)")
+            flat = p[0] * grad.shape[-1] + p[1] if p.ndim == 2 else p  # (row numbers, column numbers) of entries
+            return flat.to(grad.device, torch.int32)
+        size = grad.shape[-2] if side == "left" else grad.shape[-1]
+        if p.shape[-2] != size:
+            raise InputError(f"RecordedBasis: step {index} has {p.shape[-2]} rows, the {side} side of G has {size}")
         return p.to(grad.device)
+
+    def standing_for(self, other: Basis) -> Basis:
+        return RecordedBasis(self.bases, other) if self.like is None and self.of_numbers else self
+
+    # What is kept, and what projects, is the business of the basis it stands for.
+
+    def _kind(self) -> Basis:
+        return self.like if self.like is not None else Basis(self.rank)
+
+    def rank_of(self, length: int) -> int:
+        return self.like.rank_of(length) if self.like is not None else int(self.rank)
+
+    def side_for(self, side: Side) -> Side:
+        return self._kind().side_for(side)
+
+    def kept(self, length: int, stack: tuple[int, ...] = (), other: int = 0) -> StateSpec:
+        return self._kind().kept(length, stack, other)
+
+    def inner_shape(self, m: int, n: int, side: Side) -> tuple[int, ...]:
+        return self._kind().inner_shape(m, n, side)
+
+    def check(self, leaf: Leaf, storage: Any) -> None:
+        self._kind().check(leaf, storage)
+
+    def at(self, kept: Tensor, g: Tensor, side: Side, dtype: torch.dtype, exact: bool = True) -> Projection:
+        return self._kind().at(kept, g, side, dtype, exact and self.like is not None)
+
+    def turn(self, old: Tensor, fresh: Tensor) -> Turn:
+        return self._kind().turn(old, fresh)
+
+    def describe(self) -> str:
+        return "recorded"
