@@ -1,5 +1,6 @@
 """The subspace family steps as its authors' code did: FRUGAL, Online Subspace Descent, DCT-AdamW, Q-GaLore's calendar and projection."""
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import golden_cases
@@ -7,8 +8,7 @@ import pytest
 import torch
 
 import tare
-from tare.subspace.coordinates import CoordinateBasis
-from tare.subspace.dct import DCTBasis
+from tare.subspace.bases import Basis
 from tare.testing import RecordedBasis
 
 LINEAR = "linear"
@@ -25,9 +25,7 @@ def numbers(case: golden_cases.Case, name: str = "indices") -> RecordedBasis:
     return RecordedBasis({step: case.tensors[name][k] for k, step in enumerate(steps)})
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in golden_cases.names("frugal_") if not n.startswith("frugal_block")]
-)
+@pytest.mark.parametrize("name", [n for n in golden_cases.names("frugal_") if not n.startswith("frugal_block")])
 def test_frugal(name: str) -> None:
     case = golden_cases.load(name)
     h = case.hyper
@@ -106,7 +104,11 @@ def test_dct_adamw_with_several_leaves() -> None:
     case = golden_cases.load("dct_adamw_multi_shared_basis")
     weights = [torch.nn.Parameter(case.tensors[f"W0.{i}"].clone()) for i in range(4)]
     groups = [
-        {"params": [w], "role": LINEAR if i < 3 else "norm", **({"basis": numbers(case, f"indices.{i}")} if i < 3 else {})}
+        {
+            "params": [w],
+            "role": LINEAR if i < 3 else "norm",
+            **({"basis": numbers(case, f"indices.{i}")} if i < 3 else {}),
+        }
         for i, w in enumerate(weights)
     ]
     optimizer = tare.create("dct-adamw", groups, lr=1.0, **dct_options(case))
@@ -118,3 +120,54 @@ def test_dct_adamw_with_several_leaves() -> None:
         optimizer.step()
         for i, w in enumerate(weights):
             assert (w.detach() - case.tensors[f"W.{i}"][t]).abs().max() <= case.tolerance
+
+
+@pytest.mark.parametrize("name", golden_cases.names("qgalore_lazy"))
+def test_q_galore_calendar(name: str) -> None:
+    """Fed with the recorded bases, the signed-cosine calendar refreshes when the code did and keeps the same periods."""
+    case = golden_cases.load(name)
+    h, t = case.hyper, case.tensors
+    bases = {int(step): t["bases"][k] for k, step in enumerate(t["refresh_step"])}
+    weight = torch.nn.Parameter(torch.zeros(t["bases"].shape[1], 24))
+    optimizer = tare.create(
+        "q-galore", [{"params": [weight], "role": LINEAR}], lr=1e-3, rank=h["rank"], period=h["update_proj_gap"],
+        threshold=h["cos_threshold"], growth=float(h["gamma_proj"]), queue=h["queue_size"], similarity="vector",
+        basis=Handed(h["rank"], bases), storage={},
+    )  # fmt: skip
+    for step in range(len(t["gap"])):
+        weight.grad = torch.ones_like(weight)
+        before = optimizer.state[weight]["refreshed"]
+        optimizer.step()
+        assert (optimizer.state[weight]["refreshed"] > before) == (step in bases), f"step {step}"
+        assert optimizer.state[weight]["gap"] == int(t["gap"][step])
+
+
+@dataclass(frozen=True)
+class Handed(Basis):
+    """Recorded bases whose calendar is the method's own."""
+
+    bases: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def compute(self, grad: Any, side: Any, previous: Any, key: int, index: int = 0) -> torch.Tensor | None:
+        return self.bases[index]
+
+
+def test_q_galore_with_plain_weights() -> None:
+    """8-bit Adam in an int4 basis; the recorded P is what the SVD gave before it was quantised."""
+    case = golden_cases.load("qgalore_full_float_w_tall")
+    weight = torch.nn.Parameter(case.tensors["W0"].clone())
+    optimizer = tare.create("q-galore", [{"params": [weight], "role": LINEAR}], lr=1.0, **q_galore_options(case))
+    step_through(case, optimizer, weight)
+
+
+def q_galore_options(case: golden_cases.Case) -> dict[str, Any]:
+    h = case.hyper
+    storage = tare.Storage(
+        moment="int8", basis="int4", group=h["quant_group_size"], min_quantized=h["min_8bit_size"], block=256
+    )
+    return {
+        "rank": h["rank"], "period": h["update_proj_gap"], "scale": h["scale"], "betas": h["betas"], "eps": h["eps"],
+        "weight_decay": h["weight_decay"], "threshold": h["cos_threshold"], "growth": float(h["gamma_proj"]),
+        "queue": h["queue_size"], "similarity": "vector", "storage": storage,
+        "basis": golden_cases.recorded(case),
+    }  # fmt: skip

@@ -12,6 +12,7 @@ from tare.methods.galore import LARGE_PRESETS, LLAMA_RANKS, SMALL, side_name
 from tare.methods.registry import Card, register
 from tare.rules.adam import Adam
 from tare.subspace.bases import Basis
+from tare.subspace.catalogue import instead
 from tare.subspace.dct import DCTBasis
 from tare.subspace.refresh import Refresh
 from tare.subspace.residual import FeedbackResidual
@@ -69,13 +70,13 @@ def feedback_residual(feedback: str, share: float = 1.0) -> FeedbackResidual | N
 
 
 def dct_recipe(
-    rank: int, period: int, transform: str, norm: int, feedback: str, scale: float, side: str, basis: Basis | None,
+    rank: int, period: int, transform: str, norm: int, feedback: str, scale: float, side: str, basis: str | Basis | None,
     betas: tuple[float, float], eps: float, transfer: str, targets: Match,
 ) -> Recipe:  # fmt: skip
     rule = Adam(betas, eps, "after")
     own = DCTBasis(rank, transform, norm)  # type: ignore[arg-type]
     low = Subspace(
-        rule, own if basis is None else basis.standing_for(own), Refresh(period, at="end"), side_name(side),
+        rule, instead(basis, own), Refresh(period, at="end"), side_name(side),
         transfer, scale=scale, residual=feedback_residual(feedback),  # type: ignore[arg-type]
     )  # fmt: skip
     return Recipe(((targets, low), ("*", rule)), decay="before")
@@ -108,7 +109,7 @@ class DCTAdamW(Method):
         self, params: Any, lr: float | Tensor = 1e-3, rank: int = 256, period: int = 1, *,
         transform: Literal["matmul", "makhoul"] = "matmul", norm: int = 1,
         feedback: Literal["none", "moment", "int8", "int4"] = "none", scale: float = 1.0, side: str = "shorter",
-        basis: Basis | None = None, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        basis: str | Basis | None = None, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
         weight_decay: float = 0.0, transfer: str = "rotate", targets: Match = TARGETS,
         storage: Storage | dict[str, Any] | None = None, release: bool = False, seed: int = 0, maximize: bool = False,
     ):  # fmt: skip

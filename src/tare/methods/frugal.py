@@ -17,6 +17,7 @@ from tare.rules.maps import Sign
 from tare.rules.momentum import Momentum
 from tare.rules.stateless import Stateless
 from tare.subspace.bases import Basis, OrthonormalBasis, SVDBasis
+from tare.subspace.catalogue import instead
 from tare.subspace.coordinates import CoordinateBasis, EntryBasis
 from tare.subspace.refresh import Refresh
 from tare.subspace.residual import MappedResidual
@@ -77,7 +78,7 @@ def inner_rule(inner: str, betas: tuple[float, float], eps: float, momentum: flo
     return Momentum(momentum) if inner == "sgdm" else Adam(betas, eps, "after")
 
 
-def selection_basis(selection: str, density: float, basis: Basis | None) -> Basis:
+def selection_basis(selection: str, density: float, basis: str | Basis | None) -> Basis:
     """The basis that a selection means; a recorded one takes its place, and its kind."""
     named: dict[str, Basis] = {
         "columns": CoordinateBasis(density, "columns"), "rows": CoordinateBasis(density, "rows"),
@@ -86,12 +87,12 @@ def selection_basis(selection: str, density: float, basis: Basis | None) -> Basi
         "randperm": CoordinateBasis(density, "side"), "randk": EntryBasis(density), "svd": SVDBasis(density),
         "random": OrthonormalBasis(density),
     }  # fmt: skip
-    return named[selection] if basis is None else basis.standing_for(named[selection])
+    return instead(basis, named[selection])
 
 
 def frugal_recipe(
     density: float, period: int, selection: str, order: str, inner: str, outside: str, outside_scale: float, scale: float,
-    side: str, basis: Basis | None, betas: tuple[float, float], eps: float, momentum: float, transfer: str, stagger: bool,
+    side: str, basis: str | Basis | None, betas: tuple[float, float], eps: float, momentum: float, transfer: str, stagger: bool,
     targets: Match,
 ) -> Recipe:  # fmt: skip
     check_choice("selection", selection, SELECTIONS)
@@ -141,7 +142,7 @@ class Frugal(Method):
         self, params: Any, lr: float | Tensor = 1e-3, density: float = 0.25, period: int = 200, *,
         selection: str = "columns", order: str = "descending", inner: Literal["adam", "lion", "sgdm"] = "adam",
         outside: Literal["sign", "sgd", "none"] = "sign", outside_scale: float = 1.0, scale: float = 1.0,
-        side: str = "shorter", basis: Basis | None = None, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        side: str = "shorter", basis: str | Basis | None = None, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
         momentum: float = 0.9, weight_decay: float = 0.0, transfer: str = "zero", stagger: bool = False,
         targets: Match = TARGETS, storage: Storage | dict[str, Any] | None = None, release: bool = False, seed: int = 0,
         maximize: bool = False,

@@ -16,6 +16,7 @@ from tare.rules.adam import Adam
 from tare.rules.lion import Lion
 from tare.rules.maps import Sign
 from tare.subspace.bases import Basis
+from tare.subspace.catalogue import instead
 from tare.subspace.online import OnlineBasis
 from tare.subspace.refresh import Refresh
 from tare.subspace.wrapper import Subspace
@@ -61,15 +62,15 @@ CARD = Card(
 
 
 def online_recipe(
-    rank: int, gap: int, scale: float, rule: str, side: str, basis: Basis | None, mover: str, reference_lr: float,
+    rank: int, gap: int, scale: float, rule: str, side: str, basis: str | Basis | None, mover: str,
     basis_weight_decay: float, orthogonality: float, betas: tuple[float, float], eps: float, targets: Match,
 ) -> Recipe:  # fmt: skip
     check_choice("rule", rule, ("adam", "lion", "adafactor"))
     rules: dict[str, Transform] = {"adam": Adam(betas, eps, "before"), "lion": Lion(betas, sign=False)}
     inner = rules.get(rule) or Adafactor(betas[0])
-    own = OnlineBasis(rank, gap, reference_lr, mover, weight_decay=basis_weight_decay, orthogonality=orthogonality)  # type: ignore[arg-type]
+    own = OnlineBasis(rank, gap, mover, weight_decay=basis_weight_decay, orthogonality=orthogonality)  # type: ignore[arg-type]
     low = Subspace(
-        inner, own if basis is None else basis, Refresh(NEVER), side_name(side), scale=1.0 if rule == "lion" else scale,
+        inner, instead(basis, own), Refresh(NEVER), side_name(side), scale=1.0 if rule == "lion" else scale,
         post=Sign() if rule == "lion" else None,
     )  # fmt: skip
     dense = Lion(betas) if rule == "lion" else inner
@@ -98,7 +99,7 @@ class OnlineSubspace(Method):
 
     def __init__(
         self, params: Any, lr: float | Tensor = 1e-2, rank: int = 128, gap: int = 200, scale: float = 0.25, *,
-        rule: Literal["adam", "lion", "adafactor"] = "adam", side: str = "shorter", basis: Basis | None = None,
+        rule: Literal["adam", "lion", "adafactor"] = "adam", side: str = "shorter", basis: str | Basis | None = None,
         mover: Literal["adamw", "lion", "sgd"] = "adamw", basis_weight_decay: float = 0.01, orthogonality: float = 0.0,
         betas: tuple[float, float] | None = None, eps: float = 1e-6, weight_decay: float = 0.0, targets: Match = TARGETS,
         storage: Storage | dict[str, Any] | None = None, release: bool = False, seed: int = 0, maximize: bool = False,
@@ -107,7 +108,7 @@ class OnlineSubspace(Method):
             betas = (0.9, 0.99) if rule == "lion" else (0.9, 0.999)
         hyper = {
             "rank": rank, "gap": gap, "scale": scale, "rule": rule, "side": side, "basis": basis, "mover": mover,
-            "reference_lr": _number(lr), "basis_weight_decay": basis_weight_decay, "orthogonality": orthogonality,
+            "basis_weight_decay": basis_weight_decay, "orthogonality": orthogonality,
             "betas": betas, "eps": eps, "targets": targets,
         }  # fmt: skip
         super().__init__(
@@ -115,11 +116,9 @@ class OnlineSubspace(Method):
             maximize=maximize,
         )  # fmt: skip
 
-
-def _number(lr: Any) -> float:
-    """The constructor's lr as a number; anything unusable is left to the engine's own check."""
-    try:
-        value = float(lr)
-    except (TypeError, ValueError, RuntimeError):
-        return 1.0
-    return value if 0.0 < value < float("inf") else 1.0
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if isinstance(param_group, dict):  # the lr that the lr of P is relative to: state, as it outlives a schedule
+            lr = param_group.get("lr", self.defaults["lr"])
+            lone = isinstance(lr, int | float) or (isinstance(lr, Tensor) and lr.numel() == 1)
+            param_group.setdefault("reference_lr", float(lr) if lone else 1.0)  # a bad lr is refused below
+        super().add_param_group(param_group)

@@ -25,6 +25,13 @@ BASES: dict[str, Callable[[int | float], Basis]] = {
 }
 
 
+def instead(given: "str | Basis | None", own: Basis) -> Basis:
+    """A method's own basis, or the one given in its place: by name, recorded, or any other."""
+    if given is None:
+        return own
+    return given.standing_for(own) if isinstance(given, Basis) else make_basis(given, own.rank)
+
+
 def make_basis(choice: "str | Basis", rank: int | float) -> Basis:
     """A basis from its name, or the given one."""
     if isinstance(choice, Basis):

@@ -106,7 +106,9 @@ class EntryBasis(Basis):
 
     def check(self, leaf: Leaf, storage: Any) -> None:
         if leaf.stack:
-            raise InputError(f"basis: entries of a batch of experts ({leaf.name}) are not offered; use 'columns' or 'rows'")
+            raise InputError(
+                f"basis: entries of a batch of experts ({leaf.name}) are not offered; use 'columns' or 'rows'"
+            )
         if leaf.numel >= 2**31:
             raise InputError(f"basis: {leaf.name} has {leaf.numel:,} entries; entry numbers are int32; use 'columns'")
 
@@ -156,5 +158,3 @@ def top(score: Tensor, count: int) -> Tensor:
     """Numbers of the `count` largest scores, sorted, int32; the lower number wins a tie."""
     order = torch.sort(score, dim=-1, descending=True, stable=True).indices[..., :count]
     return order.sort(-1).values.to(torch.int32)
-
-

@@ -37,15 +37,14 @@ class OnlineBasis(Basis):
     """Starts from the SVD of the first gradient; then P <- P - lr_P step(dloss/dP) after every update.
 
     Args:
-        gap: lr_P = lr / (reference_lr * gap), as in the code: it follows the schedule of the weights.
-        reference_lr: the learning rate that counts as 1 (the constructor's).
+        gap: lr_P = lr / (first lr * gap), as in the code: it follows the schedule of the weights. The first lr is the
+            `reference_lr` of the leaf's parameter group; without one lr_P is lr / gap.
         mover: how P steps: `adamw` (published; its weight decay shrinks P), `lion` or `sgd`.
         betas, eps, weight_decay: of the mover (torch's AdamW defaults, as published).
         orthogonality: lambda of the paper's lambda ||P^T P - I||_F^2; 0 in the code.
     """
 
     gap: int = 200
-    reference_lr: float = 1e-2
     mover: Mover = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -60,7 +59,6 @@ class OnlineBasis(Basis):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("gap", self.gap)
-        check_number("reference_lr", self.reference_lr)
         check_choice("mover", self.mover, ("adamw", "lion", "sgd"))
         check_betas(self.betas)
         check_number("eps", self.eps)
@@ -95,7 +93,7 @@ class OnlineBasis(Basis):
             eye = torch.eye(p.shape[-1], dtype=p.dtype, device=p.device)
             slope = slope + 4.0 * self.orthogonality * (p @ (p.mT @ p - eye))
         state["basis_steps"] += 1
-        lr = step.lr / (self.reference_lr * self.gap)
+        lr = step.lr / (float(step.options.get("reference_lr", 1.0)) or 1.0) / self.gap
         state["basis"] = p * (1.0 - lr * self.weight_decay) - lr * self._direction(slope, state, state["basis_steps"])
 
     def _direction(self, slope: Tensor, state: Any, count: int) -> Tensor:

@@ -55,6 +55,7 @@ def renew(
                 turn = basis.turn(old, fresh)
                 for name in moments:
                     state[name] = turn(state[name], side, state.slots[name].spec.signed)
+        state.settle(*moments)
     for name, _, old, fresh in found:
         refresh.refreshed(state, old, fresh)
         state[name] = fresh
@@ -63,9 +64,7 @@ def renew(
     state["refresh_owed"] = 0
 
 
-def _only_live(
-    fresh: Tensor, g: Tensor, old: Tensor | None, basis: Basis, state: Any, name: str, step: Step
-) -> Tensor:
+def _only_live(fresh: Tensor, g: Tensor, old: Tensor | None, basis: Basis, state: Any, name: str, step: Step) -> Tensor:
     """Experts that saw no token keep the basis they had: their gradient is zero and any basis would be arbitrary."""
     live = g.flatten(1).abs().amax(1) > 0  # [E]
     if old is None:

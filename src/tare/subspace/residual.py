@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tare.core.checks import check_choice, check_number
-from tare.core.delta import Delta, Dense, Scaled, Sum
+from tare.core.delta import _BLOCK, Delta, Dense, Scaled, Sum
 from tare.core.errors import InputError
 from tare.core.lazy import Mapped, squared_norm
 from tare.core.leaf import Leaf
@@ -88,7 +88,9 @@ class NormRatioResidual(Residual):
 
     def check(self, leaf: Leaf, channels: bool) -> None:
         if not channels:
-            raise InputError("residual: the norm ratio needs channels, but single entries have none; use 'sign' or 'sgd'")
+            raise InputError(
+                "residual: the norm ratio needs channels, but single entries have none; use 'sign' or 'sgd'"
+            )
 
     def update(self, parts: Parts, lifted: Callable[[], Delta]) -> Delta:
         p, direction = parts, parts.direction
@@ -193,13 +195,16 @@ class FeedbackResidual(Residual):
         return {"feedback": StateSpec(leaf.view, "moment" if form is None else "exact", form=form)}
 
     def intake(self, g: Tensor, state: Any) -> Tensor:
-        feedback = state["feedback"]
-        return feedback.view(g.shape) + g.to(feedback.dtype)
+        # In place: no full-size temporary. What stands there until `update` is G + E.
+        total: Tensor = state["feedback"].view(g.shape)
+        return total.add_(g)
 
     def update(self, parts: Parts, lifted: Callable[[], Delta]) -> Delta:
         p = parts
         rest = p.at.outside(p.g, p.projected, self.share)
-        p.state["feedback"] = rest.rows(0, p.g.shape[0])
+        step = max(1, _BLOCK * p.g.shape[0] // max(1, p.g.numel()))
+        for start in range(0, p.g.shape[0], step):
+            p.g[start : start + step] = rest.rows(start, start + step)
         return lifted()
 
 

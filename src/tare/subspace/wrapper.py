@@ -75,7 +75,9 @@ class Subspace(Transform):
         if self.lift != "back" and self.residual is not None:
             raise InputError("residual: 'channel' and 'tensor' scale the whole gradient, nothing is left over; drop it")
         if self.side == "both" and (self.lift != "back" or self.residual is not None or self.limiter is not None):
-            raise InputError("side: 'both' projects to r x r and only goes with lift='back', no residual and no limiter")
+            raise InputError(
+                "side: 'both' projects to r x r and only goes with lift='back', no residual and no limiter"
+            )
         if self.side == "both" and not self.basis.two_sided:
             raise InputError(f"side: 'both' needs a basis matrix, which {self.basis.describe()} has not; use 'shorter'")
 
@@ -118,11 +120,13 @@ class Subspace(Transform):
         specs = self.rule.spec(self._inner(leaf))
         if self.side == "both":
             specs["basis_left"] = self.basis.kept(m, leaf.stack, n)
-            specs["basis_right"] = self.basis.kept(n, leaf.stack, m)
+            specs["basis_right"] = _along_columns(self.basis.kept(n, leaf.stack, m))
             specs.update(self.refresh.spec(n, leaf.stack))
         else:
-            size, other = (m, n) if self.side_of(m, n) == "left" else (n, m)
-            specs["basis"] = self.basis.kept(size, leaf.stack, other)
+            side = self.side_of(m, n)
+            size, other = (m, n) if side == "left" else (n, m)
+            kept = self.basis.kept(size, leaf.stack, other)
+            specs["basis"] = kept if side == "left" else _along_columns(kept)
             specs.update(self.basis.extra(size, leaf.stack))
             specs.update(self.refresh.spec(size, leaf.stack))
         if self.residual is not None:
@@ -277,7 +281,9 @@ class Subspace(Transform):
         """The direction with the growth of the lifted update's norm limited (the factor is alike on every lift of it)."""
         assert self.limiter is not None
         stack = len(step.leaf.stack)
-        size = at.squared_lengths(direction.u).flatten(stack).sum(-1) if stack else at.squared_lengths(direction.u).sum()
+        size = (
+            at.squared_lengths(direction.u).flatten(stack).sum(-1) if stack else at.squared_lengths(direction.u).sum()
+        )
         norm = size.sqrt() * abs(direction.uncorrected * self.scale)
         factor = self.limiter.factor(norm.reshape(state["limiter_norm"].shape), state["limiter_norm"])
         return replace(direction, u=direction.u * (factor.view(-1, 1, 1) if factor.ndim else factor))
@@ -313,6 +319,12 @@ class Subspace(Transform):
             return self.basis.rank if isinstance(self.basis.rank, int) else None
         m, n = leaf.matrix
         return self.basis.rank_of(m if self.side_of(m, n) == "left" else n)
+
+
+def _along_columns(kept: StateSpec) -> StateSpec:
+    """Quantised groups of a right basis run along its columns, as in Q-GaLore's code, which keeps it as [r, s]."""
+    matrix = kept.dtype is None and len(kept.shape) >= 2
+    return replace(kept, transposed=True) if matrix else kept
 
 
 def subspace(rule: Transform, basis: Basis, refresh: Refresh | None = None, **axes: object) -> Subspace:
