@@ -37,6 +37,7 @@ class Basis:
     seedable: ClassVar[bool] = False
     orthonormal: ClassVar[bool] = True
     moves: ClassVar[bool] = False
+    within_shorter: ClassVar[bool] = True  # whether the rank is bounded by the shorter side, not only by the projected one
     two_sided: ClassVar[bool] = True  # whether it also makes sense on both sides at once
 
     def __post_init__(self) -> None:

@@ -50,6 +50,7 @@ class CoordinateBasis(Basis):
     order: Order = "random"
 
     two_sided: ClassVar[bool] = False
+    within_shorter: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -100,9 +100,11 @@ class Subspace(Transform):
             return self.rule, "no single matrix: dense"
         m, n = leaf.matrix
         side = self.side_of(m, n)
-        short = min(m, n) if isinstance(self.basis.rank, int) and self.basis.two_sided else (m if side == "left" else n)
-        if self.basis.rank_of(short) > short:
-            return self.rule, f"rank {self.basis.rank_of(short)} > {short}: dense"
+        rank = max(self.basis.rank_of(m), self.basis.rank_of(n)) if self.side == "both" else 0
+        rank = rank or self.basis.rank_of(m if side == "left" else n)
+        room = min(m, n) if self.basis.within_shorter else (m if side == "left" else n)
+        if rank > room:
+            return self.rule, f"rank {rank} > {room}: dense"
         return self, "projected on both sides" if self.side == "both" else f"projected on the {side}"
 
     def _inner(self, leaf: Leaf) -> Leaf:

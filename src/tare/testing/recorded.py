@@ -65,6 +65,10 @@ class RecordedBasis(Basis):
     def standing_for(self, other: Basis) -> Basis:
         return RecordedBasis(self.bases, other) if self.like is None and self.of_numbers else self
 
+    @property
+    def within_shorter(self) -> bool:  # type: ignore[override]
+        return self._kind().within_shorter
+
     # What is kept, and what projects, is the business of the basis it stands for.
 
     def _kind(self) -> Basis:
