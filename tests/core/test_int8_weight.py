@@ -101,7 +101,9 @@ def test_any_other_operator_works_on_decoded_numbers():
     w, d = layer.weight, dense.weight
     assert torch.equal(w.t(), d.t())
     assert torch.equal((w * 2).sum(0), (d * 2).sum(0))
-    assert torch.equal(torch.addmm(torch.zeros(3, 40), normal(3, 24), w), torch.addmm(torch.zeros(3, 40), normal(3, 24), d))
+    assert torch.equal(
+        torch.addmm(torch.zeros(3, 40), normal(3, 24), w), torch.addmm(torch.zeros(3, 40), normal(3, 24), d)
+    )
     (w.square().sum() + (normal(3, 40) @ w.t()).sum()).backward()
     (d.square().sum() + (normal(3, 40) @ d.t()).sum()).backward()
     torch.testing.assert_close(w.grad, d.grad)

@@ -153,7 +153,7 @@ def test_a_weight_changed_from_outside_is_taken_as_it_is():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
 def test_only_bf16_can_be_split(dtype):
     layer = nn.Linear(4, 3).to(dtype)
-    with pytest.raises(InputError, match="split24.*bf16.*bfloat16") as told:
+    with pytest.raises(InputError, match=r"split24.*bf16.*bfloat16") as told:
         tare.create("adamw", layer, lr=1e-3, storage=SPLIT)
     assert "\n" not in str(told.value)
 

@@ -227,20 +227,21 @@ def test_nearest_write_rounds_as_torch_does(n):
     assert same(w, want)
 
 
-def test_split_write_equals_its_twin_bit_for_bit():
+@pytest.mark.parametrize("key", [None, 6])
+def test_split_write_equals_its_twin_bit_for_bit(key):
     generator = torch.Generator().manual_seed(0)
     patterns = torch.randint(-(2**31), 2**31 - 1, (4000,), generator=generator).to(torch.int32)
     ties = torch.cat([(patterns & -65536) | last for last in (0x8000, 0x7F80, 0x7FFF, 0x0080, 0x0180)])
     x = torch.cat([patterns, ties]).view(FP32).to(DEVICE)
     ours, theirs = ([torch.zeros(x.numel(), dtype=d, device=DEVICE) for d in (BF16, torch.int8)] for _ in range(2))
-    assert dense.write_split_(*ours, x, decay=1.0, alpha=-1.0)
-    split24.write_split_(*theirs, x, decay=1.0, alpha=-1.0)
+    assert dense.write_split_(*ours, x, decay=1.0, alpha=-1.0, key=key, start=7)
+    split24.write_split_(*theirs, x, decay=1.0, alpha=-1.0, key=key, start=7)
     assert same(ours[0], theirs[0])
     assert torch.equal(ours[1], theirs[1])
     for parts in (ours, theirs):  # corrections that belong to other numbers
         parts[1].copy_(torch.arange(x.numel(), device=DEVICE).remainder(256).sub(128).to(torch.int8))
-    assert dense.write_split_(*ours, x, decay=0.9, alpha=0.3)
-    split24.write_split_(*theirs, x, decay=0.9, alpha=0.3)
+    assert dense.write_split_(*ours, x, decay=0.9, alpha=0.3, key=key)
+    split24.write_split_(*theirs, x, decay=0.9, alpha=0.3, key=key)
     assert same(ours[0], theirs[0])
     assert torch.equal(ours[1], theirs[1])
 

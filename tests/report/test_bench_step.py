@@ -186,6 +186,12 @@ def test_a_row_that_fails_does_not_cost_the_others(monkeypatch, bench):
     assert found["absent"] == [{"key": "broken", "package": "", "reason": "ValueError: no such thing"}]
 
 
+def test_a_row_that_is_too_slow_is_named_with_its_time():
+    found = bench_step.bench_step("llama-tiny", replace(QUICK, methods="adamw", slowest=0.0, refresh=False))
+    assert [each["key"] for each in found["absent"]] == ["adamw"]
+    assert "a step takes" in found["absent"][0]["reason"]
+
+
 def test_gradients_are_given_back_where_an_optimizer_changes_them(bench):
     untouched = bench_shapes.sums(bench)
     rude = bench_rows.Contender(bench_rows.BAR_SPEC, bench_rows.BAR_SPEC.build(bench))

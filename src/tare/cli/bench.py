@@ -1,29 +1,52 @@
-"""measure: `tare bench step` times the optimizer step of every method against torch's fused AdamW and the peers installed
+"""measure: `step` times the optimizer step of every method against torch and other packages; `quality` trains with each
 
-One JSON document holds every round; the tables in README and docs are made from such files.
+One JSON document holds every round or run; the tables in README and docs are made from such files.
 """
 
 import argparse
 
-from tare.core.errors import InputError, nearest
+from tare.core.errors import InputError
 
-WHAT = ("step",)
+RUN_FLAGS = (
+    "--model", "--tokenizer", "--data", "--eval-data", "--steps", "--batch", "--accumulate", "--seq", "--schedule", "--warmup",
+    "--clip", "--seed", "--device", "--threads",
+)  # fmt: skip
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments."""
-    from tare.report.bench_step import add_arguments
+    """Adds the two benchmarks, each with its arguments."""
+    from tare.cli import flags
+    from tare.cli.parser import Parser
+    from tare.report import bench_quality, bench_step
 
-    parser.add_argument("what", metavar="WHAT", help="what is measured: step")
-    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout and nothing else there")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    add_arguments(parser)
+    class Part(Parser):
+        """The parser of one benchmark; argparse makes it."""
+
+        def __init__(self, prog: str, **rest: str) -> None:
+            super().__init__(prog.removeprefix("tare "), rest.get("description", ""))
+
+    parts = parser.add_subparsers(dest="what", metavar="WHAT", required=True, parser_class=Part)
+    step = parts.add_parser("step", help="the optimizer step alone", description=_first_line(bench_step))
+    bench_step.add_arguments(step)
+    quality = parts.add_parser("quality", help="losses after equal tokens", description=_first_line(bench_quality))
+    group = quality.add_argument_group("every run")
+    for name in RUN_FLAGS:
+        flags.add_one(group, name)
+    bench_quality.add_arguments(quality)
+    for part in (step, quality):
+        flags.add_switches(part)
+
+
+def _first_line(module: object) -> str:
+    return (module.__doc__ or "").partition("\n")[0]
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    from tare.report.bench_step import run_parsed
+    from tare.report import bench_quality, bench_step
 
-    if args.what not in WHAT:
-        raise InputError(f"WHAT: {args.what!r} is no benchmark{nearest(args.what, WHAT)}; known: {', '.join(WHAT)}")
-    return run_parsed(args)
+    if args.what == "quality":
+        return bench_quality.run_parsed(args)
+    if args.settings:
+        raise InputError(f"{args.settings[0].where}: no setting of tare bench step; see tare bench step --help")
+    return bench_step.run_parsed(args)

@@ -33,6 +33,7 @@ FLAGS: dict[str, str] = {
     "--schedule": "train.schedule",
     "--warmup": "train.warmup",
     "--clip": "train.clip",
+    "--clip-mode": "train.clip_mode",
     "--seed": "run.seed",
     "--device": "run.device",
     "--threads": "run.threads",
@@ -43,7 +44,7 @@ FLAGS: dict[str, str] = {
 }
 GROUPS = {
     "model and data": ("--model", "--tokenizer", "--data", "--eval-data", "--seq", "--batch", "--accumulate"),
-    "method": ("--method", "--lr", "--rank", "--weight-decay", "--warmup", "--schedule", "--clip", "--steps"),
+    "method": ("--method", "--lr", "--rank", "--weight-decay", "--warmup", "--schedule", "--clip", "--clip-mode", "--steps"),
     "memory": ("--budget", "--precision", "--checkpointing", "--release"),
     "run": ("--out", "--resume", "--checkpoint-every", "--eval-every", "--seed", "--device", "--threads"),
 }
@@ -122,6 +123,8 @@ def take_dotted(argv: list[str]) -> tuple[list[str], list[Given]]:
             rest.append(word)
             continue
         path = name[2:]
+        if path.startswith("storage."):  # short for the method's storage
+            path = f"method.{path}"
         flag(path, "true", name)  # an unknown path is an error before a missing value is
         if not equals:
             if waiting and not waiting[0].startswith("--"):

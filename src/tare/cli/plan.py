@@ -22,7 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("settings")
     for name in ("--model", "--budget", "--batch", "--accumulate", "--seq", "--rank", "--precision"):
         flags.add_one(group, name)
-    for name in ("--checkpointing", "--release", "--method"):
+    for name in ("--checkpointing", "--release", "--clip-mode", "--method"):
         flags.add_one(group, name)
     parser.add_argument(
         "--config", metavar="FILE", help="take the settings of a run from a YAML file; flags win over it"
@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
             checkpointing=config.model.checkpointing,
             release=method.release,
             accumulate=config.train.accumulate,
+            clip_mode=config.train.clip_mode,
             precision=config.train.precision,
             storage=method.storage or None,
             hyper={name: value for name, value in given.items() if value is not None},

@@ -26,12 +26,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Optimizer state in bytes: in all, by kind (moment, basis, exact), by role and by leaf."""
+    """Optimizer state in bytes: in all, by kind (moment, basis, exact), by role and by leaf.
+
+    shared: constants that rules keep once for all leaves, such as tables of cosines: memory, but no state, and not in total.
+    """
 
     total: int
     by_kind: dict[str, int] = field(default_factory=dict)
     by_role: dict[str, int] = field(default_factory=dict)
     by_leaf: dict[str, int] = field(default_factory=dict)
+    shared: int = 0
 
     def __int__(self) -> int:
         return self.total
@@ -41,13 +45,15 @@ class Breakdown:
         kinds: dict[str, int] = defaultdict(int)
         roles: dict[str, int] = defaultdict(int)
         leaves: dict[str, int] = defaultdict(int)
+        shared: dict[str, int] = {}
         for row in rows:
+            shared.update(row.transform.shared(row.leaf))
             roles[row.leaf.role] += row.bytes
             leaves[row.leaf.name] += row.bytes
             for slot in row.slots.values():
                 if slot.form != "count":
                     kinds[slot.spec.kind] += slot.bytes
-        return cls(sum(leaves.values()), dict(kinds), dict(roles), dict(leaves))
+        return cls(sum(leaves.values()), dict(kinds), dict(roles), dict(leaves), sum(shared.values()))
 
 
 def explain(rows: list[Row], notes: list[str], every_leaf: bool = False) -> str:
@@ -82,6 +88,8 @@ def explain(rows: list[Row], notes: list[str], every_leaf: bool = False) -> str:
 
 
 def _form(slot: Slot) -> str:
-    if slot.form in ("int8", "seed"):
+    if slot.form in ("int8", "int4", "seed"):
         return slot.form
+    if slot.affine:
+        return f"int{slot.form.removeprefix('affine')} groups"
     return str(slot.dtype).removeprefix("torch.").replace("float32", "fp32").replace("bfloat16", "bf16")

@@ -23,13 +23,14 @@ def check_whole(name: str, value: Any, least: int = 1) -> int:
     return value
 
 
-def check_betas(betas: Any) -> tuple[float, float]:
-    """Two numbers in [0, 1)."""
-    if not isinstance(betas, tuple | list) or len(betas) != 2:
-        raise InputError(f"Invalid betas: {betas!r}; expected a pair such as (0.9, 0.999)")
+def check_betas(betas: Any, count: int = 2) -> tuple[float, ...]:
+    """`count` numbers in [0, 1)."""
+    if not isinstance(betas, tuple | list) or len(betas) != count:
+        example = "a pair such as (0.9, 0.999)" if count == 2 else f"{count} numbers in [0, 1)"
+        raise InputError(f"Invalid betas: {betas!r}; expected {example}")
     for number, beta in enumerate(betas):
         check_number(f"beta parameter at index {number}", beta, 0.0, inclusive=True, below=1.0)
-    return float(betas[0]), float(betas[1])
+    return tuple(float(beta) for beta in betas)
 
 
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:

@@ -4,11 +4,14 @@ Every kind can also be materialised, whole or some rows, for the writes that rou
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tare.kernels import gemm
+from tare.kernels import device, gemm
+
+_BLOCK = 1 << 18  # elements of a block of rows: it stays in cache
 
 
 @dataclass
@@ -16,8 +19,17 @@ class Delta:
     """U [m, n] (or any shape for Dense). scaled: True when the rule has already multiplied by the learning rate."""
 
     def write(self, weight: Tensor, alpha: float, beta: float) -> None:
-        """W <- beta W - alpha U, in place, in the weight's own rounding."""
-        raise NotImplementedError
+        """W <- beta W - alpha U, in place, in the weight's own rounding: by blocks of rows, unless a kind knows better."""
+        step = max(1, _BLOCK * weight.shape[0] // max(1, weight.numel()))
+        for start in range(0, weight.shape[0], step):
+            part = weight[start : start + step]
+            if beta != 1.0:
+                part.mul_(beta)
+            part.add_(self.rows(start, start + step), alpha=-alpha)
+
+    def fused(self, weight: Tensor, alpha: float, beta: float, **rounding: Any) -> bool:
+        """`write` in one kernel, rounded as told (key, start, low), where the device has one; False: nothing was touched."""
+        return False
 
     def rows(self, start: int, stop: int) -> Tensor:
         """U[start:stop], materialised in the dtype of the arithmetic."""
@@ -38,13 +50,22 @@ class Dense(Delta):
     correction: float = 1.0
     lr_inside: bool = False
 
+    def fused(self, weight: Tensor, alpha: float, beta: float, **rounding: Any) -> bool:
+        return device.write_(weight, self.u, decay=beta, alpha=alpha, scale=self.scale, **rounding)
+
     def write(self, weight: Tensor, alpha: float, beta: float) -> None:
+        if self.fused(weight, alpha, beta):
+            return
+        if self.u.dtype.itemsize < 4 and self.u.dtype != weight.dtype and self.u.shape == weight.shape != ():
+            super().write(weight, alpha, beta)  # torch would first widen all of u
+            return
         if beta != 1.0:
             weight.mul_(beta)
         weight.add_(self.u.view_as(weight) if self.u.shape != weight.shape else self.u, alpha=-alpha * self.scale)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        return (self.u[start:stop] if self.u.ndim else self.u) * self.scale
+        part = self.u[start:stop] if self.u.ndim else self.u
+        return (part.float() if part.dtype.itemsize < 4 else part) * self.scale
 
     @property
     def scaled(self) -> bool:
@@ -65,14 +86,21 @@ class LowRank(Delta):
     scale: float = 1.0
     lr_inside: bool = False
 
+    def fused(self, weight: Tensor, alpha: float, beta: float, **rounding: Any) -> bool:
+        return device.lift_(weight, self.left, self.right, decay=beta, alpha=alpha, scale=self.scale, **rounding)
+
     def write(self, weight: Tensor, alpha: float, beta: float) -> None:
         left, right = self.left.to(weight.dtype), self.right.to(weight.dtype)
         with gemm.fast_matmul():
-            weight.addmm_(left, right, beta=beta, alpha=-alpha * self.scale)
+            if weight.ndim == 3:
+                weight.baddbmm_(left, right.expand(weight.shape[0], -1, -1), beta=beta, alpha=-alpha * self.scale)
+            else:
+                weight.addmm_(left, right, beta=beta, alpha=-alpha * self.scale)
 
     def rows(self, start: int, stop: int) -> Tensor:
         with gemm.fast_matmul():
-            return (self.left[start:stop] @ self.right).mul_(self.scale)
+            right = self.right[start:stop] if self.right.ndim == 3 else self.right
+            return (self.left[start:stop] @ right).mul_(self.scale)
 
     @property
     def scaled(self) -> bool:
@@ -88,18 +116,22 @@ class Scaled(Delta):
     scale: float = 1.0
     lr_inside: bool = False
 
+    def fused(self, weight: Tensor, alpha: float, beta: float, **rounding: Any) -> bool:
+        how = {"decay": beta, "alpha": alpha, "scale": self.scale, **rounding}
+        return device.write_scaled_(weight, self.grad, self.factor, **how)
+
     def write(self, weight: Tensor, alpha: float, beta: float) -> None:
+        if self.fused(weight, alpha, beta):
+            return
         if beta != 1.0:
             weight.mul_(beta)
         if weight.dtype == self.grad.dtype == self.factor.dtype:
             weight.addcmul_(self.grad, self.factor, value=-alpha * self.scale)
         else:  # 16-bit weights: the product is formed in fp32 by row blocks, and rounded once
-            step = max(1, (1 << 18) // max(1, weight.shape[1]))
-            for start in range(0, weight.shape[0], step):
-                weight[start : start + step].add_(self.rows(start, start + step), alpha=-alpha)
+            super().write(weight, alpha, 1.0)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        factor = self.factor[start:stop] if self.factor.ndim == 2 and self.factor.shape[0] > 1 else self.factor
+        factor = self.factor[start:stop] if self.factor.ndim > 1 and self.factor.shape[0] > 1 else self.factor
         return self.grad[start:stop].to(self.factor.dtype) * (factor * self.scale)
 
     @property

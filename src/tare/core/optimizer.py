@@ -5,9 +5,8 @@ State is flat: `state[p]` holds tensors and ints, allocated when the optimizer i
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,15 +16,19 @@ from tare.core import loading
 from tare.core.accounting import Breakdown, Row, explain
 from tare.core.checks import check_betas, check_number, check_whole
 from tare.core.errors import InputError
+from tare.core.int8_weight import Int8Weight
+from tare.core.kept import kept_as
 from tare.core.leaf import Leaf, Role, as_groups, normalise_group
 from tare.core.recipe import Recipe
-from tare.core.release import Release
+from tare.core.release import Release, Releasing
 from tare.core.state import State, allocate
-from tare.core.storage import Slot, Storage
+from tare.core.storage import LOW, MASTER, Slot, Storage
 from tare.core.tensors import is_fake
 from tare.core.transform import Step, Transform, Work
+from tare.core.turns import UPDATES, Turns, wake
 from tare.core.write import update_leaf
 from tare.kernels import gemm, native
+from tare.kernels.triton import dispatch
 
 
 @dataclass
@@ -40,9 +43,21 @@ class Entry:
     why: str
     group: dict[str, Any]
     phase: float = 0.0
+    name_key: str = ""  # `key` before anything is added to it
+    rotating: Transform | None = None  # where the leaf takes turns: what gives `transform` its phases
+
+    @property
+    def phases(self) -> tuple[Transform, ...]:
+        """Whatever may ever act on the leaf."""
+        return (self.transform,) if self.rotating is None else (self.rotating.turn(True), self.rotating.turn(False))
+
+    @property
+    def projects(self) -> bool:
+        """Whether micro-batches in release mode leave something smaller than the gradient."""
+        return self.transform.accumulates and type(self.transform).compress is not Transform.compress
 
 
-class Optimizer(torch.optim.Optimizer):
+class Optimizer(Releasing, torch.optim.Optimizer):
     """Steps every leaf with the transform that the recipe gives it.
 
     Args:
@@ -78,6 +93,7 @@ class Optimizer(torch.optim.Optimizer):
         self._entries: dict[Tensor, Entry] = {}
         self._used: set[int] = set()
         self._release: Release | None = None
+        self._turns: Turns | None = None
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -89,10 +105,18 @@ class Optimizer(torch.optim.Optimizer):
         if unused:
             names = ", ".join(leaf.name for leaf in self.leaves[:4])
             raise InputError(f"recipe: pattern {unused[0]} matches no parameter; names look like {names}")
+        if self.storage.weight == "int8" and not any(isinstance(p, Int8Weight) for p in self._entries):
+            raise InputError(
+                "storage.weight: 'int8' steps int8 weights, and there are none; call tare.quantize_weights_(model) "
+                "before the optimizer is built"
+            )
+        self._arrange_turns()
         self.init_state()
         if release:
             self._release = Release(self._step_in_backward)
             self._release.attach(self._entries)
+        if self._turns:
+            self._turns.gate()
 
     # -- parameters ------------------------------------------------------------------------------------------------
 
@@ -118,9 +142,12 @@ class Optimizer(torch.optim.Optimizer):
         self._entries.update(fresh)
         self._spread_phases()
         if getattr(self, "_ready", False):
+            self._arrange_turns()
             self.init_state()
             if self._release:
                 self._release.attach(fresh)
+            if self._turns:
+                self._turns.gate()
 
     def _check_group(self, group: dict[str, Any]) -> None:
         lr = group["lr"]
@@ -131,7 +158,7 @@ class Optimizer(torch.optim.Optimizer):
         check_number("learning rate", lr, 0.0, inclusive=True)
         check_number("weight_decay value", group["weight_decay"], 0.0, inclusive=True)
         if "betas" in group:
-            check_betas(group["betas"])
+            check_betas(group["betas"], len(self.defaults.get("betas", (0.9, 0.999))))
 
     def _claim(self, group: dict[str, Any], recipe: Recipe, roles: dict[Tensor, Role]) -> dict[Tensor, Entry]:
         names = group.get("param_names") or [""] * len(group["params"])
@@ -139,6 +166,7 @@ class Optimizer(torch.optim.Optimizer):
         for name, p in zip(names, group["params"], strict=True):
             if p.is_complex():
                 raise InputError(f"params: {name or 'a parameter'} is complex; give torch.view_as_real of it")
+            wake(p)
             shape = tuple(p.shape)
             number = len(self._entries) + len(fresh)
             leaf = Leaf(name or f"param_{number}", shape, p.dtype, roles.get(p) or "linear")
@@ -148,16 +176,23 @@ class Optimizer(torch.optim.Optimizer):
                 self._used.add(own.index(match))
             transform, why = recipe.entries[index][1].resolve(leaf)
             transform.check(leaf, self.storage)
-            if self.storage.weight == "stochastic" and p.dtype == torch.float16:
-                raise InputError(f"storage.weight: 'stochastic' rounds bf16 weights; {leaf.name} is float16")
+            self.storage.check_weight(leaf, isinstance(p, Int8Weight))
             slots = self.storage.slots(leaf, transform.spec(leaf))
             # Unnamed leaves are keyed by shape, so that neither their order nor their group changes any random number.
             key = name or "x".join(map(str, shape))
-            fresh[p] = Entry(leaf, transform, slots, recipe.decay, key, why, group)
+            rotating = transform if transform.rotation else None
+            fresh[p] = Entry(leaf, transform, slots, recipe.decay, key, why, group, name_key=key, rotating=rotating)
         return fresh
 
+    def _arrange_turns(self) -> None:
+        """(Re)form the blocks of leaves that take turns, if any do."""
+        if self._turns is None and any(entry.rotating for entry in self._entries.values()):
+            self._turns = Turns(self._entries, self.param_groups, self.storage)
+        if self._turns:
+            self._turns.arrange(self.state)
+
     def _spread_phases(self) -> None:
-        matrices = [e for e in self._entries.values() if e.transform.sharding == "matrix"]
+        matrices = [e for e in self._entries.values() if (e.rotating or e.transform).sharding == "matrix"]
         for number, entry in enumerate(matrices):
             entry.phase = number / len(matrices)
 
@@ -172,7 +207,8 @@ class Optimizer(torch.optim.Optimizer):
         """Allocate the state of every trainable leaf that has none; frozen and meta ones wait for their first gradient."""
         self._ready = True
         for p, entry in self._entries.items():
-            if p not in self.state and p.requires_grad and not p.is_meta:
+            trained = p.requires_grad or (self._turns is not None and p in self._turns.off)
+            if p not in self.state and trained and not p.is_meta:
                 self.state[p] = allocate(entry.slots, p.device)
 
     def _raw(self, p: Tensor, entry: Entry) -> dict[str, Any]:
@@ -190,13 +226,34 @@ class Optimizer(torch.optim.Optimizer):
         return raw
 
     def state_bytes(self) -> Breakdown:
-        """Bytes of optimizer state, exact: the sum over the tensors that are kept."""
+        """Bytes of optimizer state, exact: the sum over the tensors that are kept.
+
+        Where blocks of leaves take turns in holding state it is the turn with most of it, whichever is on now.
+        """
         return Breakdown.of(self._rows())
 
     def _rows(self) -> list[Row]:
         """Trainable leaves, and those that were trained before they were frozen: what has state, or will."""
         listed = [p for group in self.param_groups for p in group["params"] if p.requires_grad or p in self.state]
-        return [Row(e.leaf, e.transform, e.slots, e.why) for e in map(self._entries.__getitem__, listed)]
+        turning = self._turns.worst(listed) if self._turns else {}
+        entries = self._entries
+        return [
+            turning.get(p) or Row(entries[p].leaf, entries[p].transform, entries[p].slots, entries[p].why)
+            for p in listed
+        ]
+
+    def phases(self) -> list[Recipe]:
+        """The recipe with every leaf that takes turns on, and off; just the recipe where none does."""
+        if not self._turns:
+            return [self.recipe]
+        return [replace(self.recipe, entries=tuple((match, transform.turn(active)) for match, transform in self.recipe.entries))
+                for active in (True, False)]  # fmt: skip
+
+    def trained_sets(self) -> tuple[tuple[str, ...], ...]:
+        """Where blocks of leaves take turns in having gradients: the names of those that have, at the turns that may need most
+        memory. Nothing where all leaves have gradients at all times."""
+        sets = self._turns.trained() if self._turns else []
+        return tuple(tuple(self._entries[p].leaf.name for p in leaves) for leaves in sets)
 
     def explain(self, every_leaf: bool = False) -> str:
         """A table: which leaf is stepped by what, at which rank, kept how, in how many bytes, and why.
@@ -204,12 +261,25 @@ class Optimizer(torch.optim.Optimizer):
         every_leaf: one line for each instead of one for all that differ only in their layer's number.
         """
         notes = [f"matrix products: {gemm.describe()}"]
-        if any(slot.form == "int8" for e in self._entries.values() for slot in e.slots.values()):
-            notes.append(f"8-bit codec: {native.reason()}")
+        forms = {slot.form for e in self._entries.values() for slot in e.slots.values()}
+        for form, bits in (("int8", 8), ("int4", 4)):
+            if form in forms:
+                notes.append(f"{bits}-bit codec: {native.reason()}")
+        if any(p.device.type == "cuda" for p in self._entries):
+            notes.append(f"on the GPU: {dispatch.reason()}")
+        if quantized := sum(isinstance(p, Int8Weight) for p in self._entries):
+            notes.append(f"int8 weights, rounded stochastically: {quantized}")
+        elif self.storage.weight != "plain":
+            notes.append(f"weights: {self.storage.weight}")
         if frozen := len(self._entries) - len(self._rows()):
             notes.append(f"frozen, without state: {frozen}")
+        if self._turns:
+            notes += self._turns.describe()
         if self._release:
             notes.append("release: every leaf is stepped inside backward and its gradient freed")
+            clipping = self._release.clipping
+            if clipping is not None and clipping.max_norm is not None:
+                notes.append(f"clipped to norm {clipping.max_norm:g}, {clipping.mode}")
         return explain(self._rows(), notes, every_leaf)
 
     # -- stepping --------------------------------------------------------------------------------------------------
@@ -225,25 +295,41 @@ class Optimizer(torch.optim.Optimizer):
             p.grad = torch.zeros_like(p)
             self._step_in_backward(p)
         ready = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        self._update(ready)
-        if self._release:
+        if self._release is None:
+            self._update(ready)
+        elif self._release.clipping is None:
+            self._update(ready)
             for p, _ in ready:
                 p.grad = None
+        else:
+            for p, _ in ready:
+                self._step_released(p)
+            self._release.clipping.end()
+        if self._turns:
+            self._turns.advance(self.state)
         return loss
 
     def _update(self, ready: Iterable[tuple[Tensor, dict[str, Any]]], compressed: Tensor | None = None) -> None:
         by_transform: dict[int, list[Work]] = defaultdict(list)
         transforms: dict[int, Transform] = {}
         for p, group in ready:
-            if p.numel() == 0:
-                continue
             entry = self._entries[p]
+            if p.numel() == 0 or entry.transform.rests:
+                continue
             work = self._work(p, entry, group, compressed)
+            if self._turns:
+                self._turns.observe(work, p)
             by_transform[id(entry.transform)].append(work)
             transforms[id(entry.transform)] = entry.transform
         for number, batch in by_transform.items():
             transform = transforms[number]
-            for work in transform.update_many(batch):
+            fused: list[Work] = []
+            alone: list[Work] = []
+            for work in batch:
+                # no fused kernel adds wd W to the gradient, and few write any form of weight
+                writes = work.kept is None or work.kept.form in transform.fuses
+                (fused if writes and not work.coupled else alone).append(work)
+            for work in alone + transform.update_many(fused):
                 update_leaf(transform, work)
 
     def _work(self, p: Tensor, entry: Entry, group: dict[str, Any], compressed: Tensor | None = None) -> Work:
@@ -258,53 +344,18 @@ class Optimizer(torch.optim.Optimizer):
         step = self._step_of(p, entry, group, raw["step"])
         state = State(raw, entry.slots, key=step.random_key(step.count, "state"))
         weight = p.detach() if p.requires_grad and not is_fake(p) else p
-        rounded = self.storage.weight == "stochastic" and p.dtype == torch.bfloat16
+        rounded = (self.storage.weight != "plain" and p.dtype == torch.bfloat16) or isinstance(p, Int8Weight)
         noise = step.random_key(step.count, "weight") if rounded else None
+        kept = kept_as(weight, raw.get(LOW), noise, raw.get(MASTER))
         decay = float(group["weight_decay"])
-        return Work(weight, grad, state, step, decay, entry.decay, group["maximize"], compressed, noise)
+        step = replace(step, kept=kept) if kept is not None else step
+        return Work(weight, grad, state, step, decay, entry.decay, group["maximize"], compressed, noise, kept)
 
     def _step_of(self, p: Tensor, entry: Entry, group: dict[str, Any], count: int) -> Step:
         lr, seed = float(group["lr"]), int(group["seed"])
         return Step(lr, count, entry.leaf, p, entry.key, seed, entry.phase, group)
 
     # -- release ---------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def _step_in_backward(self, p: Tensor) -> None:
-        assert self._release is not None
-        entry = self._entries[p]
-        group = entry.group
-        if self._release.accumulating:
-            if entry.transform.accumulates:
-                raw = self._raw(p, entry)
-                step = self._step_of(p, entry, group, raw["step"] + 1)
-                assert p.grad is not None
-                part = entry.transform.compress(p.grad, State(raw, entry.slots), step)
-                if part is not None:
-                    self._release.add(p, part)
-                    p.grad = None
-            return
-        self._update([(p, group)], self._release.take(p))
-        p.grad = None
-
-    @contextmanager
-    def accumulating(self) -> Iterator[None]:
-        """Around every backward but the last of a step. Only release mode needs it; elsewhere it does nothing.
-
-        Raises:
-            InputError: in release mode, where some transform needs the whole gradient of a matrix.
-        """
-        if self._release is None:
-            yield
-            return
-        for entry in self._entries.values():
-            if entry.transform.sharding == "matrix" and not entry.transform.accumulates:
-                raise InputError(
-                    f"release with accumulation: {entry.transform.describe()} scales the raw gradient of "
-                    f"{entry.leaf.name}, so it needs the whole one; use release=False or one micro-batch per step"
-                )
-        with self._release.pause():
-            yield
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; in release mode also what micro-batches have gathered so far is dropped."""
@@ -313,10 +364,12 @@ class Optimizer(torch.optim.Optimizer):
             self._release.clear()
 
     def close(self) -> None:
-        """Remove the release hooks."""
+        """Remove the release hooks, and give leaves that rest their gradients back."""
         if self._release:
             self._release.detach()
             self._release = None
+        if self._turns:
+            self._turns.open()
 
     # -- saving ----------------------------------------------------------------------------------------------------
 
@@ -340,12 +393,21 @@ class Optimizer(torch.optim.Optimizer):
             raw = state_dict["state"].get(number)
             if raw is not None:
                 entry = self._entries[p]
-                loading.check_leaf(entry.leaf, entry.slots, raw)
+                slots = self._turns.slots(p, raw) if self._turns and entry.rotating else entry.slots
+                loading.check_leaf(entry.leaf, slots, raw)
                 loaded[p] = {name: loading.place(value, p.device) for name, value in raw.items()}
+        if self._turns:
+            self._turns.check(loaded, max(int(saved.get(UPDATES, 0)) for saved in theirs))
         for group, saved in zip(self.param_groups, theirs, strict=True):
             group.update(copy.deepcopy({k: v for k, v in saved.items() if k not in ("params", "param_names")}))
         self.state = defaultdict(dict, loaded)
+        if self._turns:
+            self._turns.recall(loaded)
         self.init_state()
+        if self._turns:
+            self._turns.gate()
+        if self._release and self._release.clipping:
+            self._release.clipping.forget()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

@@ -6,11 +6,11 @@ A match is a role, a tuple of roles, a glob on names (anything with `*`, `?`, `.
 import fnmatch
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import get_args
 
 from tare.core.errors import InputError
 from tare.core.leaf import ROLES, Leaf
-from tare.core.transform import Transform
+from tare.core.transform import Decay, Transform
 
 Match = str | tuple[str, ...] | Callable[[Leaf], bool]
 
@@ -29,18 +29,19 @@ def matches(match: Match, leaf: Leaf) -> bool:
 class Recipe:
     """Args:
     entries: ordered (match, transform).
-    decay: whether decoupled weight decay multiplies W before the update (torch, Lion, bitsandbytes) or after it
-        (the GaLore family).
+    decay: how weight decay acts. `before`: W <- (1 - lr wd) W - lr U (torch, Lion, bitsandbytes); `after`:
+        W <- (1 - lr wd) (W - lr U) (the GaLore family); `prox`: W <- (W - lr U) / (1 + lr wd), the proximal step of Adan;
+        `l2`: not decoupled, the rule sees G + wd W (diffGrad and older codes).
     """
 
     entries: tuple[tuple[Match, Transform], ...]
-    decay: Literal["before", "after"] = "before"
+    decay: Decay = "before"
 
     def __post_init__(self) -> None:
         if not self.entries:
             raise InputError("recipe: no entries; give at least one (match, transform) pair")
-        if self.decay not in ("before", "after"):
-            raise InputError(f"recipe.decay: expected 'before' or 'after', got {self.decay!r}")
+        if self.decay not in get_args(Decay):
+            raise InputError(f"recipe.decay: expected one of {', '.join(get_args(Decay))}, got {self.decay!r}")
 
     def find(self, leaf: Leaf) -> int:
         """Index of the entry that claims `leaf`."""

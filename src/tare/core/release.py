@@ -1,10 +1,26 @@
-"""Release: stepping a leaf inside backward, as soon as its gradient is whole, and freeing the gradient at once."""
+"""Release: stepping a leaf inside backward, as soon as its gradient is whole, and freeing the gradient at once.
 
+Here are the hooks, what micro-batches leave behind, and the optimizer's own side of it; the norm of a step whose gradients are
+never all there is `core.clipping`.
+"""
+
+import math
+import random
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
+
+from tare.core.clipping import NORM, Clipped, Clipping, Mode, squared_norm
+from tare.core.errors import InputError
+from tare.core.state import State
+
+if TYPE_CHECKING:
+    from tare.core.optimizer import Entry
+    from tare.core.transform import Step
 
 
 class Release:
@@ -18,6 +34,7 @@ class Release:
         self._handles: list[Any] = []
         self._parts: dict[Tensor, Tensor] = {}
         self.accumulating = False
+        self.clipping: Clipping | None = None
 
     def attach(self, parameters: Iterable[Tensor]) -> None:
         for p in parameters:
@@ -53,3 +70,200 @@ class Release:
             yield
         finally:
             self.accumulating = before
+
+
+@contextmanager
+def rehearsal(devices: Iterable[torch.device]) -> Iterator[None]:
+    """Draw random numbers inside as if nothing had been drawn: afterwards the generators of torch (the CPU's and those of the
+    CUDA devices given), Python and NumPy stand where they stood, so that the same dropout falls again."""
+    numbers = sorted({device.index or 0 for device in devices if device.type == "cuda"})
+    python, numpy = random.getstate(), sys.modules.get("numpy")
+    arrays = numpy.random.get_state() if numpy is not None else None
+    try:
+        with torch.random.fork_rng(devices=numbers):
+            yield
+    finally:
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(arrays)
+
+
+class Releasing:
+    """The part of `tare.Optimizer` that steps inside backward: accumulation, clipping, and one call for both."""
+
+    if TYPE_CHECKING:
+        defaults: dict[str, Any]
+        param_groups: list[dict[str, Any]]
+        _entries: dict[Tensor, Entry]
+        _release: Release | None
+
+        def _raw(self, p: Tensor, entry: Entry) -> dict[str, Any]: ...
+        def _step_of(self, p: Tensor, entry: Entry, group: dict[str, Any], count: int) -> Step: ...
+        def _update(self, ready: Iterable[tuple[Tensor, dict[str, Any]]], compressed: Tensor | None = None) -> None: ...
+
+    @torch.no_grad()
+    def _step_in_backward(self, p: Tensor) -> None:
+        assert self._release is not None
+        clipping = self._release.clipping
+        if clipping is not None and clipping.measuring:
+            clipping.measure(p, more=self._release.accumulating)
+        elif self._release.accumulating:
+            self._gather(p)
+        else:
+            self._step_released(p)
+
+    def _gather(self, p: Tensor) -> None:
+        """One micro-batch of several: keep the projected gradient where that is enough, else the whole one in p.grad."""
+        entry, release, part = self._entries[p], self._release, self._compressed(p)
+        assert release is not None
+        assert p.grad is not None
+        if release.clipping is not None and release.clipping.strict:
+            # Nothing has been stepped yet: a bad micro-batch is best seen now. It shows in its projection too.
+            release.clipping.require_finite(squared_norm(p.grad if part is None else part), entry.leaf.name)
+        if part is not None:
+            release.add(p, part)
+            p.grad = None
+
+    def _compressed(self, p: Tensor) -> Tensor | None:
+        """The projection of p.grad that micro-batches may leave instead of it, or None."""
+        entry = self._entries[p]
+        if not entry.transform.accumulates:
+            return None
+        assert p.grad is not None
+        raw = self._raw(p, entry)
+        step = self._step_of(p, entry, entry.group, raw["step"] + 1)
+        return entry.transform.compress(p.grad, State(raw, entry.slots), step)
+
+    def _step_released(self, p: Tensor) -> None:
+        assert self._release is not None
+        entry, part = self._entries[p], self._release.take(p)
+        clipping = self._release.clipping
+        if clipping is None or clipping.admit(p, part, entry.leaf.name):
+            self._update([(p, entry.group)], part)
+        p.grad = None
+
+    def clip_release(
+        self, max_norm: float | None, mode: Mode = "previous", *, parts: int = 1, strict: bool = False
+    ) -> None:
+        """Clip by the norm of all gradients although release mode never has them together; any method.
+
+        `two-pass`: a first backward only gathers the norm (`measuring`), the second one steps: what `clip_grad_norm_` and an
+        ordinary step do, in twice the time. A norm that is not finite then drops the whole step, before anything has moved.
+        `previous`: by the norm of the step before, gathered while it was taken: no further pass. A norm that was not finite
+        is not remembered. The first step is clipped only if it was measured, as `backward` does. The norm is kept in
+        the parameter groups, hence in checkpoints.
+
+        Args:
+            max_norm: the largest norm a step may have; None: the norm is only gathered, for `clipped`.
+            mode: `previous` or `two-pass`.
+            parts: two-pass with micro-batches: measuring passes, each of which holds 1/parts of the summed gradients.
+            strict: raise `tare.core.clipping.NotFinite` inside backward, before the leaf with that gradient is stepped.
+
+        Raises:
+            InputError: not in release mode, or a value out of range.
+        """
+        if self._release is None:
+            raise InputError("clip_release: the optimizer has release=False; use torch.nn.utils.clip_grad_norm_ there")
+        self._release.clipping = Clipping(self.param_groups, max_norm, mode, parts, strict)
+        for group in (self.defaults, *self.param_groups):
+            group.setdefault(NORM, 0.0)
+
+    @property
+    def clipped(self) -> Clipped | None:
+        """Norm and factor of the last finished step in release mode; None without `clip_release`, or before it."""
+        return self._release.clipping.last if self._release and self._release.clipping else None
+
+    @contextmanager
+    def measuring(self, part: int = 0) -> Iterator[None]:
+        """Backward inside this only measures: it adds to the norm of the coming step, frees gradients, and steps nothing.
+
+        All micro-batches of the step belong inside, all but the last in `accumulating`. part: which of `parts` passes.
+
+        Raises:
+            InputError: `clip_release` was not called.
+        """
+        clipping = self._release.clipping if self._release else None
+        if clipping is None:
+            raise InputError("measuring: nothing to measure for; build with release=True and call clip_release first")
+        with clipping.watch([p for p in self._entries if p.requires_grad], part):
+            yield
+
+    def backward(self, *losses: Callable[[], Tensor]) -> list[Tensor]:
+        """Forward and backward of one step in any mode, clipped if `clip_release` says so; then call `step()`.
+
+        Args:
+            losses: one function for each micro-batch, which returns its share of the loss. Called once more for each measuring
+                pass, with the same random numbers, so that dropout falls the same. What forward changes besides (the
+                statistics of a batch norm) changes that often.
+
+        Returns:
+            The losses, detached. If the measured norm is not finite they are those of the measuring pass, and nothing was stepped.
+
+        >>> from torch import nn
+        >>> from tare import AdamW
+        >>> net = nn.Linear(4, 2)
+        >>> optimizer = AdamW(net, lr=0.1, release=True)
+        >>> optimizer.clip_release(1.0, "two-pass")
+        >>> losses = optimizer.backward(lambda: (100 * net(torch.ones(1, 4))).square().mean())
+        >>> optimizer.step()
+        >>> optimizer.clipped.factor < 1 and net.weight.grad is None
+        True
+        """
+        if not losses:
+            raise InputError("backward: no loss given; pass a function that returns it for each micro-batch")
+        clipping = self._release.clipping if self._release else None
+        if clipping is not None and clipping.wants_pass:
+            devices = {p.device for p in self._entries}
+            for part in range(clipping.parts):
+                with rehearsal(devices), self.measuring(part):
+                    values = self._backward(losses)
+            if not math.isfinite(clipping.measured or 0.0):
+                return values
+        return self._backward(losses)
+
+    def _backward(self, losses: tuple[Callable[[], Tensor], ...]) -> list[Tensor]:
+        values = []
+        for number, loss_of in enumerate(losses, 1):
+            with nullcontext() if number == len(losses) else self.accumulating():
+                loss = loss_of()
+                loss.backward()
+                values.append(loss.detach())
+                del loss  # and with it the graph, before the next forward
+        return values
+
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        """Around every backward but the last of a step. Only release mode needs it; elsewhere it does nothing.
+
+        Raises:
+            InputError: in release mode, where the algebra does not allow it; see `accumulation_refused`.
+        """
+        if self._release is None:
+            yield
+            return
+        clipping = self._release.clipping
+        by_previous = clipping is not None and clipping.max_norm is not None and clipping.mode == "previous"
+        if reason := self.accumulation_refused(by_previous):
+            raise InputError(reason)
+        with self._release.pause():
+            yield
+
+    def accumulation_refused(self, by_previous: bool = False) -> str:
+        """Why release mode cannot step on several micro-batches, in one line; empty where it can.
+
+        by_previous: with clipping by the norm of the step before.
+        """
+        for entry in self._entries.values():
+            whole = [t for t in entry.phases if t.sharding == "matrix" and not t.accumulates]
+            if whole:
+                return (
+                    f"release with accumulation: {whole[0].describe()} scales the raw gradient of "
+                    f"{entry.leaf.name}, so it needs the whole one; use release=False or one micro-batch per step"
+                )
+            if by_previous and entry.projects:
+                return (
+                    f"release with accumulation: of {entry.leaf.name} only a projected gradient is summed, which has not "
+                    "the norm of the whole one, so no step can be clipped by the one before; clip by two-pass, or use "
+                    "one micro-batch per step"
+                )
+        return ""

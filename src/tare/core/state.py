@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tare.core.random import make_key
+from tare.core import codecs
 from tare.core.storage import Slot
-from tare.kernels import blockwise, native, rounding
 
 
 def allocate(slots: dict[str, Slot], device: torch.device) -> dict[str, Any]:
@@ -20,10 +19,7 @@ def allocate(slots: dict[str, Slot], device: torch.device) -> dict[str, Any]:
         if slot.form == "count":
             raw[slot.name] = int(slot.spec.init)
             continue
-        for name, shape, dtype in slot.parts():
-            raw[name] = torch.full(shape, slot.spec.init if slot.form == "plain" else 0, dtype=dtype, device=device)
-        if slot.form == "int8":
-            raw[f"{slot.name}_codes"].fill_(blockwise.zero_code(slot.spec.signed))
+        raw.update(codecs.fresh(slot, device))
     return raw
 
 
@@ -32,17 +28,11 @@ class State:
 
     def __init__(self, raw: dict[str, Any], slots: dict[str, Slot], key: int = 0, window: slice | None = None):
         self.raw, self.slots, self.key, self.window = raw, slots, key, window
-        self._open: dict[str, Tensor] = {}
+        self._open: dict[str, tuple[Tensor, int]] = {}  # decoded, and its version then
 
     def part(self, start: int, stop: int) -> "State":
         """The same state seen through elements start .. stop - 1 (block-aligned), for chunked element-wise rules."""
         return State(self.raw, self.slots, self.key, slice(start, stop))
-
-    def _cut(self, tensor: Tensor, per: int = 1) -> Tensor:
-        if self.window is None:
-            return tensor
-        start, stop = self.window.start, self.window.stop
-        return tensor.view(-1)[start // per : -(-stop // per)]
 
     def kept(self, name: str) -> bool:
         """False where the storage keeps only a seed."""
@@ -56,43 +46,39 @@ class State:
         if slot.form == "count":
             return self.raw[name]
         if slot.form == "plain":
-            return self._cut(self.raw[name])
+            return codecs.cut(self.raw[name], self.window)
         if name not in self._open:
-            if slot.form == "int8":
-                codes = self._cut(self.raw[f"{name}_codes"])
-                absmax = self._cut(self.raw[f"{name}_absmax"], slot.block)
-                self._open[name] = _decode(codes, absmax, slot)
-            else:
-                self._open[name] = self._cut(self.raw[name]).float()
-        return self._open[name]
+            self._hold(name, codecs.decode(slot, self.raw, self.window))
+        return self._open[name][0]
+
+    def _hold(self, name: str, value: Tensor) -> None:
+        self._open[name] = (value, 0 if value.is_inference() else value._version)
 
     def __setitem__(self, name: str, value: Any) -> None:
         slot = self.slots[name]
         if slot.form == "count":
             self.raw[name] = int(value)
         elif slot.form == "plain":
-            self._cut(self.raw[name]).copy_(value)
+            codecs.cut(self.raw[name], self.window).copy_(value)
+        elif slot.affine:  # whoever reads it next, in this very step, must see what is kept
+            self._open.pop(name, None)
+            codecs.encode(slot, self.raw, value, self.window, self.key)
         elif slot.form != "seed":
-            self._open[name] = value
+            self._hold(name, value)
+
+    def settle(self, *names: str) -> None:
+        """Encode now what was set, for kernels that read the codes themselves. Forms without codes are left for `flush`."""
+        for name in names:
+            if name in self._open and self.slots[name].form in ("int8", "int4"):
+                codecs.encode(self.slots[name], self.raw, self._open.pop(name)[0], self.window, self.key)
 
     def flush(self) -> None:
-        """Encode what was decoded. The update itself used the unquantised values."""
-        for name, value in self._open.items():
+        """Encode what was decoded. The update itself used the unquantised values.
+
+        Affine forms only where the decoded copy was changed in place: encoding them again would not give the same codes.
+        """
+        for name, (value, version) in self._open.items():
             slot = self.slots[name]
-            if slot.form == "int8":
-                codes = self._cut(self.raw[f"{name}_codes"])
-                absmax = self._cut(self.raw[f"{name}_absmax"], slot.block)
-                if not native.encode_into(value, codes, absmax, slot.spec.signed, slot.block):
-                    blockwise.encode_into(value, codes, absmax, slot.spec.signed, slot.block)
-            else:
-                start = self.window.start if self.window else 0
-                key = make_key(self.key, name)
-                rounding.round_stochastic_(self._cut(self.raw[name]), value.contiguous(), key, start)
+            if not slot.affine or (not value.is_inference() and value._version != version):
+                codecs.encode(slot, self.raw, value, self.window, self.key)
         self._open.clear()
-
-
-def _decode(codes: Tensor, absmax: Tensor, slot: Slot) -> Tensor:
-    out = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
-    if not native.decode_into(codes, absmax, slot.spec.signed, out, slot.block):
-        blockwise.decode(codes, absmax, slot.spec.signed, slot.block, out=out)
-    return out

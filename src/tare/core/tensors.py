@@ -5,12 +5,15 @@ import math
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _BLOCK = 1 << 18  # elements: the products of a block stay in cache
 
 
 def is_fake(tensor: Tensor) -> bool:
     """True for tensors without data (fake or meta): data-dependent branches must take the ordinary way."""
+    if is_traceable_wrapper_subclass(tensor):
+        return any(is_fake(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     return isinstance(tensor, FakeTensor) or tensor.is_meta
 
 

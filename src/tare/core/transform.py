@@ -14,11 +14,14 @@ from tare.core.leaf import Leaf
 from tare.core.random import make_key
 
 if TYPE_CHECKING:
+    from tare.core.blocks import Rotation
     from tare.core.delta import Delta
+    from tare.core.kept import Kept
     from tare.core.state import State
 
 Kind = Literal["moment", "basis", "exact", "count"]
 Sharding = Literal["elementwise", "rows", "columns", "matrix"]
+Decay = Literal["before", "after", "prox", "l2"]  # see Recipe
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,9 @@ class StateSpec:
 
     kind: `moment` (may be quantised by the storage policy), `basis` (kept by the basis policy), `exact` (never
     quantised) or `count` (a Python int, no bytes). signed: False for second moments, which picks the 8-bit map.
-    init: the value it starts from.
+    init: the value it starts from. seedable: a basis that can be drawn again from its key. form: overrules the storage
+    policy with one of its forms (`affine8`, `affine4`), for state whose storage is the method's own choice.
+    transposed: affine groups run over the transposed matrix (Q-GaLore's code keeps a right basis as [r, s]).
     """
 
     shape: tuple[int, ...]
@@ -36,6 +41,8 @@ class StateSpec:
     dtype: torch.dtype | None = None
     init: float = 0.0
     seedable: bool = False
+    form: str | None = None
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,7 @@ class Step:
 
     count: 1-based number of this update of the leaf. key: the leaf's name for randomness. phase: the leaf's share
     in [0, 1) of a staggered period. weight: the parameter itself, to read only. options: its parameter group.
+    kept: how the weight is kept where that is more than `weight` shows.
     """
 
     lr: float
@@ -54,6 +62,7 @@ class Step:
     seed: int = 0
     phase: float = 0.0
     options: Mapping[str, Any] = field(default_factory=dict)
+    kept: "Kept | None" = None
 
     def random_key(self, number: int, purpose: str = "") -> int:
         """Key of the counter-based generator for draw `number` of this leaf."""
@@ -78,20 +87,34 @@ class Work:
     state: "State"
     step: Step
     weight_decay: float
-    decay: Literal["before", "after"]
+    decay: Decay
     maximize: bool
     compressed: Tensor | None = None
     noise: int | None = None  # key of stochastic rounding of the weight; None rounds to nearest
+    kept: "Kept | None" = None  # how the weight is kept where it is not just a tensor
 
     @property
     def shrink(self) -> float:
-        """The factor of decoupled weight decay, 1 - lr * wd."""
-        return 1.0 - self.step.lr * self.weight_decay
+        """The factor of decoupled weight decay: 1 - lr wd; its proximal form 1 / (1 + lr wd); none where it is coupled."""
+        amount = self.step.lr * self.weight_decay
+        if self.decay == "prox":
+            return 1.0 / (1.0 + amount)
+        return 1.0 if self.decay == "l2" else 1.0 - amount
 
     @property
     def gain(self) -> float:
-        """lr, or lr * (1 - lr wd) when decay comes after the update: one factor for one pass."""
-        return self.step.lr * (self.shrink if self.decay == "after" else 1.0)
+        """lr, or lr times the decay when that comes after the update: one factor for one pass."""
+        return self.step.lr * self.late_shrink
+
+    @property
+    def late_shrink(self) -> float:
+        """The part of the decay that multiplies the update too: all of it when it comes after, else none."""
+        return self.shrink if self.decay in ("after", "prox") else 1.0
+
+    @property
+    def coupled(self) -> bool:
+        """Whether decay enters through the gradient, G + wd W: then the rule has to see that sum."""
+        return self.decay == "l2" and self.weight_decay != 0.0
 
 
 class Transform:
@@ -101,7 +124,15 @@ class Transform:
     """
 
     sharding: ClassVar[Sharding] = "elementwise"
+    fuses: ClassVar[tuple[str, ...]] = (
+        "stochastic",
+    )  # forms of weights, plain ones apart, that `update_many` can write
+    workspace: float = (
+        1.0  # matrices of the leaf's size (fp32) that an ordinary step may need beside weight, gradient and state
+    )
     accumulates: ClassVar[bool] = False  # whether `compress` exists: small exact accumulation between micro-batches
+    rests: ClassVar[bool] = False  # whether a leaf under it is left alone: neither stepped nor decayed nor counted
+    rotation: "Rotation | None" = None  # leaves under an equal one take turns in being active: see `core.blocks`
 
     def spec(self, leaf: Leaf) -> dict[str, StateSpec]:
         """The state this transform keeps for `leaf`. Read by planner, engine, checkpoint and sharding."""
@@ -129,6 +160,14 @@ class Transform:
     def compress(self, grad: Tensor, state: "State", step: Step) -> Tensor | None:
         """The gradient in the form that may be summed over micro-batches; None when this step needs it whole."""
         return None
+
+    def shared(self, leaf: Leaf) -> dict[str, int]:
+        """Bytes of constants kept once for all leaves, by name (a table of cosines): not state, but memory."""
+        return {}
+
+    def turn(self, active: bool) -> "Transform":
+        """What acts on a leaf that takes turns, while it is its turn or not."""
+        return self
 
     def describe(self) -> str:
         """A few words for tables."""

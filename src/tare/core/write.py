@@ -1,71 +1,101 @@
 """Writing: one leaf's plain update, from gradient to weight. Chunked where the rule is element-wise, so that temporaries stay small."""
 
+import math
+
 from torch import Tensor
 
 from tare.core.delta import Delta, Dense, materialise
 from tare.core.transform import Transform, Work
-from tare.kernels import native, rounding
 
 # Elements handled at once by element-wise rules: weight, gradient, moment and direction of a chunk (4 MiB of fp32) stay in
 # the private caches of two cores, and the temporaries are small.
 CHUNK = 1 << 18
+CHUNK_GPU = 1 << 22  # elsewhere launches cost more than memory; as in `blockwise.chunk_elements`
+
+
+def _chunk(work: Work) -> int:
+    return CHUNK if work.weight.device.type == "cpu" else CHUNK_GPU
 
 
 def update_leaf(transform: Transform, work: Work) -> None:
     """W <- W after one step of `transform`; state is advanced and encoded."""
-    if transform.sharding == "elementwise" and work.weight.numel() > CHUNK and _flat(work):
-        block = max((slot.block for slot in work.state.slots.values()), default=1)
-        size = -(-CHUNK // block) * block
-        weight, grad = work.weight.view(-1), work.grad.view(-1)
-        for start in range(0, weight.numel(), size):
-            stop = min(start + size, weight.numel())
+    if transform.sharding == "elementwise" and work.weight.numel() > _chunk(work) and _flat(work):
+        block = math.lcm(*(slot.block for slot in work.state.slots.values()))
+        block = math.lcm(block, work.kept.align if work.kept else 1)
+        size = -(-_chunk(work) // block) * block
+        grad = work.grad.view(-1)
+        for start in range(0, work.weight.numel(), size):
+            stop = min(start + size, work.weight.numel())
             state = work.state.part(start, stop)
-            g = grad[start:stop].neg() if work.maximize else grad[start:stop]
-            delta = transform.update(g, state, work.step)
-            write(weight[start:stop], delta, work, start)
+            delta = transform.update(_seen(grad[start:stop], work, start, stop), state, work.step)
+            write((stop - start,), delta, work, start)
             state.flush()
         return
-    grad = work.grad.neg() if work.maximize else work.grad
+    grad = _seen(work.grad, work, 0, work.weight.numel())
     compressed = work.compressed.neg() if work.maximize and work.compressed is not None else work.compressed
     delta = transform.update(grad, work.state, work.step, compressed)
-    write(_shaped(work, delta), delta, work, 0)
+    write(_shape(work, delta), delta, work, 0)
     work.state.flush()
+
+
+def _seen(grad: Tensor, work: Work, start: int, stop: int) -> Tensor:
+    """The gradient as the rule sees it: negated to ascend, and with wd W added where decay is coupled."""
+    if work.maximize:
+        grad = grad.neg()
+    if not work.coupled:
+        return grad
+    dtype = work.step.leaf.compute_dtype
+    if work.kept is not None:
+        weight = work.kept.read(start, stop).view(grad.shape)
+    else:
+        weight = work.weight if grad.shape == work.weight.shape else work.weight.view(-1)[start:stop]
+    return grad.to(dtype).add(weight.to(dtype), alpha=work.weight_decay)
 
 
 def _flat(work: Work) -> bool:
     return work.weight.is_contiguous() and work.grad.is_contiguous()
 
 
-def _shaped(work: Work, delta: Delta) -> Tensor:
-    """The weight in the shape of the delta: a view where one exists (convolutions are matrices to low-rank rules)."""
-    matrix = work.step.leaf.matrix
-    if isinstance(delta, Dense) or work.weight.ndim == 2 or matrix is None or not work.weight.is_contiguous():
-        return work.weight
-    return work.weight.view(matrix)
+def _shape(work: Work, delta: Delta) -> tuple[int, ...]:
+    """The shape in which the delta is written: its own where the weight has such a view (convolutions are matrices to low-rank
+    rules)."""
+    leaf = work.step.leaf
+    if isinstance(delta, Dense) or leaf.matrix is None or not work.weight.is_contiguous():
+        return leaf.shape
+    return leaf.view
 
 
-def write(weight: Tensor, delta: Delta, work: Work, offset: int) -> None:
-    """W <- beta W - alpha U, or the same rounded stochastically, with noise by element number from `offset`."""
+def write(shape: tuple[int, ...], delta: Delta, work: Work, offset: int) -> None:
+    """W <- beta W - alpha U for the elements from `offset` on, as many as `shape` has: in place, or as the weight is kept."""
     beta = work.shrink
     alpha = work.gain
     if delta.scaled:
-        alpha = beta if work.decay == "after" else 1.0
-    lone = weight.ndim != 2 and not isinstance(delta, Dense)
-    if lone:  # a non-contiguous convolution: no matrix view of it exists
-        matrix = work.step.leaf.matrix
-        assert matrix is not None
-        delta = Dense(materialise(delta, matrix).reshape(weight.shape))
-    if work.noise is None:
+        alpha = work.late_shrink
+    leaf, kept = work.step.leaf, work.kept
+    whole = shape == leaf.shape
+    if not isinstance(delta, Dense) and leaf.matrix and whole and leaf.shape != leaf.view:
+        # a non-contiguous convolution: no matrix view of it exists
+        delta = Dense(materialise(delta, leaf.view).reshape(shape))
+    if kept is None:
+        weight = work.weight
+        if not whole:
+            weight = weight.view(-1)[offset : offset + math.prod(shape)].view(shape)
         delta.write(weight, alpha, beta)
         return
-    if weight.ndim == 0 or not weight.is_contiguous():
-        update = materialise(delta, tuple(weight.shape)).float()
-        rounding.write_stochastic_(weight, update, decay=beta, alpha=alpha, key=work.noise, start=offset)
+    if not work.weight.is_contiguous():
+        kept.write_strided(materialise(delta, shape).float(), beta, alpha)
         return
-    width = weight.numel() // max(1, weight.shape[0])
-    rows = max(1, CHUNK // max(1, width))
-    for start in range(0, weight.shape[0], rows):
-        part, update = weight[start : start + rows], delta.rows(start, start + rows).float()
-        first = offset + start * width
-        if not native.write_stochastic_(part, update, decay=beta, alpha=alpha, key=work.noise, start=first):
-            rounding.write_stochastic_(part, update, decay=beta, alpha=alpha, key=work.noise, start=first)
+    end = offset + math.prod(shape)
+    how = kept.rounding(offset, end)
+    if how is not None and delta.fused(work.weight.view(-1)[offset:end].view(shape), alpha, beta, **how):
+        return
+    if not shape:
+        kept.write(offset, materialise(delta, shape).float().view(-1), beta, alpha)
+        return
+    width = math.prod(shape[1:])
+    rows = max(1, _chunk(work) // width)
+    together = kept.align // math.gcd(width, kept.align)  # rows that make up whole groups
+    rows = -(-rows // together) * together
+    for start in range(0, shape[0], rows):
+        update = delta.rows(start, min(start + rows, shape[0])).float()
+        kept.write(offset + start * width, update.contiguous().view(-1), beta, alpha)

@@ -30,14 +30,14 @@ class Tables(NamedTuple):
     candidates: Tensor  # [65536] int32; smallest code that occurs among the fp32 numbers with these top 16 bits
 
 
-def _fp32(x: float) -> float:
+def fp32(x: float) -> float:
     """`x` rounded to fp32, as a Python float."""
     return float(struct.unpack("<f", struct.pack("<f", x))[0])
 
 
-def _fp32_below(x: float) -> float:
+def fp32_below(x: float) -> float:
     """Largest fp32 number that is not above `x`."""
-    rounded = _fp32(x)
+    rounded = fp32(x)
     if rounded <= x:
         return rounded
     (bits,) = struct.unpack("<i", struct.pack("<f", rounded))
@@ -53,14 +53,14 @@ def map_values(signed: bool) -> tuple[float, ...]:
     edges counted from the nearer end), so the values are equal to its values bit for bit.
     """
     values = [0.0, 1.0]
-    low, high = _fp32(0.1), 1.0
+    low, high = fp32(0.1), 1.0
     for i in range(7):
         cells = 2**i if signed else 2 ** (i + 1)
-        step = _fp32((high - low) / cells)
+        step = fp32((high - low) / cells)
         half = (cells + 1) // 2
-        edges = [_fp32(low + step * j if j < half else high - step * (cells - j)) for j in range(cells + 1)]
-        power = _fp32(10.0 ** (i - 6))
-        middles = [_fp32(power * _fp32((a + b) / 2)) for a, b in pairwise(edges)]
+        edges = [fp32(low + step * j if j < half else high - step * (cells - j)) for j in range(cells + 1)]
+        power = fp32(10.0 ** (i - 6))
+        middles = [fp32(power * fp32((a + b) / 2)) for a, b in pairwise(edges)]
         values += middles
         if signed:
             values += [-x for x in middles]
@@ -74,7 +74,7 @@ def map_thresholds(signed: bool) -> tuple[float, ...]:
     The sum of two fp32 numbers is exact in fp64 here, hence `x > threshold` decides the exact nearest value for every fp32 `x`.
     """
     values = map_values(signed)
-    return (*(_fp32_below((a + b) / 2) for a, b in pairwise(values)), float("inf"))
+    return (*(fp32_below((a + b) / 2) for a, b in pairwise(values)), float("inf"))
 
 
 def zero_code(signed: bool) -> int:
@@ -86,19 +86,33 @@ def zero_code(signed: bool) -> int:
     return 127 if signed else 0
 
 
-@lru_cache(maxsize=2)
-def _candidates(signed: bool) -> tuple[int, ...]:
-    thresholds = map_thresholds(signed)[:-1]
-    zero = zero_code(signed)
+def keyed_candidates(thresholds: tuple[float, ...], special: int) -> tuple[int, ...]:
+    """For each upper half of an fp32 pattern, the smallest code among the numbers that share it; `special` for NaN and infinities.
+
+    Exact look-up of the nearest of some values: at most one threshold may fall among the numbers of one key, so that one comparison
+    with the candidate's own threshold finishes.
+
+    Args:
+        thresholds: ascending fp32 numbers; code c ends at thresholds[c].
+        special: the code of what is not finite.
+
+    Returns:
+        65,536 codes.
+    """
     table = []
     for key in range(65536):
         if key & 0x7F80 == 0x7F80:  # infinities and NaN
-            table.append(zero)
+            table.append(special)
             continue
         bits = key << 16 | (0xFFFF if key & 0x8000 else 0)  # the smallest number of the bin
         (smallest,) = struct.unpack("<f", struct.pack("<I", bits))
         table.append(bisect.bisect_left(thresholds, smallest))
     return tuple(table)
+
+
+@lru_cache(maxsize=2)
+def _candidates(signed: bool) -> tuple[int, ...]:
+    return keyed_candidates(map_thresholds(signed)[:-1], zero_code(signed))
 
 
 _cache: dict[tuple[bool, torch.device], Tables] = {}
@@ -151,7 +165,7 @@ def chunk_elements(device: torch.device) -> int:
     return 1 << 18 if device.type == "cpu" else 1 << 22
 
 
-def _pieces(numel: int, block: int, device: torch.device) -> Iterator[tuple[int, int, int]]:
+def pieces(numel: int, block: int, device: torch.device) -> Iterator[tuple[int, int, int]]:
     """(start, stop, width) of pieces that are whole rows of `width`: chunks of full blocks, then the partial block by itself."""
     full = numel // block * block
     chunk = max(1, chunk_elements(device) // block) * block
@@ -203,7 +217,7 @@ def encode_into(x: Tensor, codes: Tensor, absmax: Tensor, signed: bool, block: i
     _check(x.numel(), codes, absmax, block)
     source, target, scales = x.reshape(-1), _view(codes, "codes"), _view(absmax, "absmax")
     tables = _tables(signed, x)
-    for start, stop, width in _pieces(x.numel(), block, x.device):
+    for start, stop, width in pieces(x.numel(), block, x.device):
         part = source[start:stop].to(torch.float32)
         # amax lets NaN through, which a comparison would not
         peak = part.abs().view(-1, width).amax(1)
@@ -266,7 +280,7 @@ def decode(codes: Tensor, absmax: Tensor, signed: bool, block: int = BLOCK, out:
         raise ValueError(f"out must be float32 with {codes.numel()} elements, got {out.dtype} with {out.numel()}")
     source, target, scales = codes.reshape(-1), _view(out, "out"), absmax.reshape(-1)
     values = _tables(signed, codes).values
-    for start, stop, width in _pieces(codes.numel(), block, codes.device):
+    for start, stop, width in pieces(codes.numel(), block, codes.device):
         part = target[start:stop]
         # index_select by int32 is about half the time of indexing on the CPU
         torch.index_select(values, 0, source[start:stop].to(torch.int32), out=part)

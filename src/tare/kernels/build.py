@@ -1,4 +1,4 @@
-"""Compile one C++ file into a shared library for the CPU at hand, and keep it in a cache folder.
+"""Compile one C++ file (and the headers of this folder) into a shared library for the CPU at hand, and keep it in a cache folder.
 
 The folder is `$TARE_CACHE/native`, or `~/.cache/tare/native`. A library's name is the hash of all that decides its content.
 """
@@ -104,7 +104,7 @@ def library(source: Path, accept: Callable[[ctypes.CDLL], str | None]) -> ctypes
     used is built again.
 
     Args:
-        source: one C++ file.
+        source: one C++ file; it may include the headers of this folder.
         accept: looks at the loaded library; None if it is good, else one line that says why not.
 
     Returns:
@@ -115,7 +115,8 @@ def library(source: Path, accept: Callable[[ctypes.CDLL], str | None]) -> ctypes
     """
     compiler = find_compiler()
     version = _run([compiler, "--version"])
-    text = source.read_bytes()
+    headers = sorted(Path(__file__).parent.glob("*.hpp"))
+    text = b"".join(hashlib.sha256(x.read_bytes()).digest() for x in (source, *headers))
     first_reason = ""
     for extra in CHOICES:
         parts = (text, version.encode(), cpu_description().encode(), " ".join((*FLAGS, *extra)).encode())
@@ -123,7 +124,7 @@ def library(source: Path, accept: Callable[[ctypes.CDLL], str | None]) -> ctypes
             f"{source.stem}-{hashlib.sha256(b''.join(hashlib.sha256(x).digest() for x in parts)).hexdigest()[:24]}.so"
         )
         try:
-            return _from_cache([compiler, *FLAGS, *extra, str(source)], name, accept)
+            return _from_cache([compiler, *FLAGS, *extra, f"-I{Path(__file__).parent}", str(source)], name, accept)
         except Unavailable as error:
             first_reason = first_reason or str(error)
     raise Unavailable(first_reason)

@@ -8,7 +8,7 @@ import os
 import threading
 from pathlib import Path
 
-from tare.kernels import blockwise, build
+from tare.kernels import blockwise, build, fourbit
 
 SOURCE = Path(__file__).with_name("native.cpp")
 _INTERFACE = 1
@@ -28,6 +28,12 @@ class Step(ctypes.Structure):
     ]
 
 
+class Rates(ctypes.Structure):
+    """A step whose moments are rounded stochastically as well."""
+
+    _fields_ = [("step", Step), ("first", Noise), ("second", Noise)]
+
+
 _lock = threading.Lock()
 _trial = threading.local()  # the library that this thread is testing; nobody else sees it before it has passed
 _library: ctypes.CDLL | None = None
@@ -44,6 +50,13 @@ def _declare(library: ctypes.CDLL) -> None:
         "tare_write": [p, p, n, i, step],
         "tare_encode": [p, i, p, p, n, i, i, i],
         "tare_decode": [p, p, p, n, i, i, i],
+        "tare_tables4": [p, p, p, p],
+        "tare_adamw4": [p, i, p, i, p, p, p, p, n, i, i, step],
+        "tare_lion4": [p, i, p, i, p, p, n, i, i, step],
+        "tare_encode4": [p, i, p, p, n, i, i, i],
+        "tare_adamw16": [p, i, p, p, i, p, p, i, n, i, ctypes.POINTER(Rates)],
+        "tare_write_split": [p, p, p, n, i, step],
+        "tare_decode4": [p, p, p, n, i, i, i],
     }.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, None
@@ -63,6 +76,10 @@ def accept(library: ctypes.CDLL) -> str | None:
         (ctypes.c_float * 256)(*x(s)) for s in (False, True) for x in (blockwise.map_values, blockwise.map_thresholds)
     ]
     library.tare_tables(*tables)
+    tables4 = [
+        (ctypes.c_float * 16)(*x(s)) for s in (False, True) for x in (fourbit.map_values, fourbit.map_thresholds)
+    ]
+    library.tare_tables4(*tables4)
     _trial.library = library
     try:
         return selftest.objection()

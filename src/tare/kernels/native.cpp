@@ -298,3 +298,6 @@ void tare_decode(float* x, uint8_t* c, float* a, int64_t n, int block, int is_si
     else run<Decode<false>>(x, no, c, a, nullptr, nullptr, n, block, threads, s);
 }
 }
+
+#include "fourbit.hpp"
+#include "sixteen.hpp"

@@ -8,48 +8,31 @@ the twin in `blockwise`, `plain` or `rounding`, which gives the same codes. `TAR
 import torch
 from torch import Tensor
 
-from tare.kernels import blockwise, library, rounding
-from tare.kernels.library import Noise, Step, available, reason
+from tare.kernels import blockwise, library
+from tare.kernels.calls import BF16 as _BF16
+from tare.kernels.calls import CODES as _CODES
+from tare.kernels.calls import FLOATS as _FLOATS
+from tare.kernels.calls import FP32 as _FP32
+from tare.kernels.calls import block_fits as _block_fits
+from tare.kernels.calls import fits as _fits
+from tare.kernels.calls import kernel, on_paper
+from tare.kernels.calls import noise as _noise
+from tare.kernels.calls import written as _written
+from tare.kernels.library import Step, available, reason
 
-__all__ = ["adamw8bit_", "available", "decode_into", "encode_into", "lion8bit_", "reason", "write_stochastic_"]
-
-
-_FLOATS = (torch.float32, torch.bfloat16)
-_FP32, _CODES, _BF16 = (torch.float32,), (torch.uint8,), (torch.bfloat16,)
-
-
-def _fits(numel: int, *tensors: tuple[Tensor, tuple[torch.dtype, ...], int | None]) -> bool:
-    """The one place that decides whether raw pointers may be taken. `None` as a size means `numel`."""
-    for x, dtypes, size in tensors:
-        if type(x) is not Tensor and type(x) is not torch.nn.Parameter:  # fake, distributed and other wrapped tensors
-            return False
-        if x.device.type != "cpu" or x.dtype not in dtypes or x.layout != torch.strided:
-            return False
-        if x.numel() != (numel if size is None else size) or not x.is_contiguous() or x.is_neg():
-            return False
-    return numel > 0 and not torch.compiler.is_compiling()
-
-
-def _block_fits(block: int) -> bool:
-    return 16 <= block <= 4096 and block % 16 == 0
+__all__ = [
+    "adamw8bit_",
+    "available",
+    "decode_into",
+    "encode_into",
+    "lion8bit_",
+    "on_paper",
+    "reason",
+    "write_stochastic_",
+]
 
 
-def _written(*tensors: Tensor) -> None:
-    """Tell autograd, which cannot see a write through a pointer."""
-    for x in tensors:
-        if not x.is_inference():
-            torch.autograd.graph.increment_version(x)
-
-
-def _noise(key: int | None, start: int, numel: int) -> Noise | None:
-    """None when the elements' indices cross a multiple of 2^32, where the hash's base changes: left to the twin."""
-    if key is None:
-        return Noise(0, 0, 0)
-    if start < 0 or start >> 32 != (start + numel - 1) >> 32:
-        return None
-    return Noise(rounding.base(key, start >> 32), 1, start & rounding.MASK)
-
-
+@kernel
 def adamw8bit_(
     weight: Tensor,
     grad: Tensor,
@@ -121,6 +104,7 @@ def adamw8bit_(
     return True
 
 
+@kernel
 def lion8bit_(
     weight: Tensor,
     grad: Tensor,
@@ -175,6 +159,7 @@ def lion8bit_(
     return True
 
 
+@kernel
 def write_stochastic_(weight: Tensor, update: Tensor, *, decay: float, alpha: float, key: int, start: int = 0) -> bool:
     """W <- SR(decay W - alpha U) for a bf16 weight and an fp32 update; bit-identical to `rounding.write_stochastic_`.
 
@@ -193,6 +178,7 @@ def write_stochastic_(weight: Tensor, update: Tensor, *, decay: float, alpha: fl
     return True
 
 
+@kernel
 def encode_into(x: Tensor, codes: Tensor, absmax: Tensor, signed: bool, block: int = blockwise.BLOCK) -> bool:
     """`blockwise.encode_into` for fp32 and bf16; True when done, False when nothing was touched."""
     n = x.numel()
@@ -216,6 +202,7 @@ def encode_into(x: Tensor, codes: Tensor, absmax: Tensor, signed: bool, block: i
     return True
 
 
+@kernel
 def decode_into(codes: Tensor, absmax: Tensor, signed: bool, out: Tensor, block: int = blockwise.BLOCK) -> bool:
     """`blockwise.decode(..., out=out)`; True when done, False when nothing was touched."""
     n = codes.numel()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from tare.kernels import blockwise, native, plain, rounding
+from tare.kernels import blockwise, fourbit, native, native16, native_fourbit, plain, rounding, split24
 
 
 def adversarial(signed: bool) -> Tensor:
@@ -77,6 +77,44 @@ def _steps(dtype: torch.dtype, key: int | None) -> bool:
     return good and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+def _codec4(signed: bool) -> bool:
+    """The 4-bit codec on every threshold and value of its map with both neighbours, odd blocks and a tail of odd length."""
+    fixed = torch.tensor(fourbit.map_thresholds(signed) + fourbit.map_values(signed), dtype=torch.float32, device="cpu")
+    near = [torch.nextafter(fixed, torch.full_like(fixed, sign * torch.inf)) for sign in (1.0, -1.0)]
+    x = torch.cat([torch.ones(1, device="cpu"), fixed, *near]).clamp_(-1.0, 1.0)  # 94 numbers; the 1 keeps the scale
+    odd = torch.tensor([0.0, torch.nan, torch.inf, 1e-40, 3e38], device="cpu").repeat_interleave(128)  # a block of each
+    odd[1::2] *= 0.3
+    x = torch.cat([torch.nn.functional.pad(x, (0, 128 - x.numel())), odd, _wave(601, 0.7)])
+    want, scales = fourbit.encode(x, signed)
+    codes, absmax = torch.empty_like(want), torch.empty_like(scales)
+    out = torch.empty_like(x)
+    return (
+        native_fourbit.encode_into(x, codes, absmax, signed)
+        and torch.equal(codes, want)
+        and torch.allclose(absmax, scales, rtol=0, atol=0, equal_nan=True)
+        and native_fourbit.decode_into(codes, absmax, signed, out)
+        and torch.allclose(out, fourbit.decode(codes, absmax, x.numel(), signed), rtol=0, atol=0, equal_nan=True)
+    )
+
+
+def _steps4(dtype: torch.dtype, key: int | None) -> bool:
+    """`_steps` with 4-bit moments."""
+    n = 601
+    rates: dict[str, Any] = {"beta1": 0.9, "beta2": 0.99, "decay": 0.999, "alpha": 0.01, "key": key, "start": 5}
+    w, zeros = _wave(n, 1.3).to(dtype), torch.zeros(n, device="cpu")
+    tolerance = 2e-6 if dtype == torch.float32 else 2**-7
+    good = True
+    for name, signs, own in (("adamw4bit_", (True, False), {"eps": 1e-8}), ("lion4bit_", (True,), {})):
+        ours, theirs = ([w.clone(), *(y for s in signs for y in fourbit.encode(zeros, s))] for _ in range(2))
+        for step in (0.9, 1.1):
+            g = _wave(n, step)
+            good &= getattr(native_fourbit, name)(ours[0], g, *ours[1:], **own, **rates)
+            getattr(plain, name)(theirs[0], g, *theirs[1:], **own, **rates)
+        good &= all(torch.equal(a, b) for a, b in zip(ours[1:], theirs[1:], strict=True))
+        good &= torch.allclose(ours[0].float(), theirs[0].float(), rtol=tolerance, atol=1e-7)
+    return good
+
+
 def _rounding() -> bool:
     u = torch.cat([_wave(1500, 0.3), torch.tensor([torch.nan, torch.inf, -torch.inf, 3.4e38, 0.0], device="cpu")])
     ours = _wave(u.numel(), 0.2).to(torch.bfloat16)
@@ -84,6 +122,42 @@ def _rounding() -> bool:
     done = native.write_stochastic_(ours, u, decay=0.9, alpha=0.3, key=77, start=(1 << 32) - 2000)
     rounding.write_stochastic_(theirs, u, decay=0.9, alpha=0.3, key=77, start=(1 << 32) - 2000)
     return done and torch.equal(ours.view(torch.int16), theirs.view(torch.int16))
+
+
+def _split(key: int | None) -> bool:
+    """Weights in 24 bits: every upper half of a pattern with corrections of all kinds, and results that are NaN, infinite or huge."""
+    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32, device="cpu")
+    ours = every.to(torch.int16).view(torch.bfloat16).repeat(2)[3:]
+    low = (torch.arange(ours.numel(), dtype=torch.int32, device="cpu") * 37 % 256 - 128).to(torch.int8)
+    odd = torch.tensor([torch.nan, torch.inf, -torch.inf, 3.4e38, 0.0, -0.0], device="cpu").repeat(100)
+    u = torch.cat([_wave(ours.numel() - odd.numel(), 0.3), odd])
+    theirs, rest = ours.clone(), low.clone()
+    done = native16.write_split_(ours, low, u, decay=0.9, alpha=0.3, key=key, start=7)
+    split24.write_split_(theirs, rest, u, decay=0.9, alpha=0.3, key=key, start=7)
+    # which of two NaNs a difference hands on is the processor's choice
+    known = ~theirs.isnan()
+    same = torch.equal(ours.view(torch.int16)[known], theirs.view(torch.int16)[known]) and torch.equal(low, rest)
+    return done and same and torch.equal(ours.isnan(), theirs.isnan())
+
+
+def _steps16(weight: torch.dtype, moment: torch.dtype, split: bool = False) -> bool:
+    """Two steps of AdamW with plain or bf16 moments: equal moments, weights to a rounding of the square root."""
+    n = 601
+    rates: dict[str, Any] = {"beta1": 0.9, "beta2": 0.99, "decay": 0.999, "alpha": 0.01, "eps": 1e-8, "start": 5}
+    rates |= {"key": 3, "keys": (4, 5)}
+    good = True
+    for grad in (torch.float32, torch.bfloat16):
+        low = [torch.zeros(n, dtype=torch.int8, device="cpu")] if split else []
+        start = [_wave(n, 1.3).to(weight), *(torch.zeros(n, dtype=moment, device="cpu") for _ in range(2)), *low]
+        ours, theirs = ([x.clone() for x in start] for _ in range(2))
+        for step in (0.9, 1.1):
+            g = _wave(n, step).to(grad)
+            good &= native16.adamw16_(ours[0], g, *ours[1:], **rates)
+            plain.adamw16_(theirs[0], g, *theirs[1:], **rates)
+        good &= all(torch.equal(a, b) for a, b in zip(ours[1:3], theirs[1:3], strict=True))
+        mine, other = (split24.join(x[0], x[3]) if split else x[0].float() for x in (ours, theirs))
+        good &= torch.allclose(mine, other, rtol=2**-7 if weight == torch.bfloat16 and not split else 2**-15, atol=1e-7)
+    return good
 
 
 def objection() -> str | None:
@@ -95,6 +169,15 @@ def objection() -> str | None:
             ("fp32 steps", lambda: _steps(torch.float32, None)),
             ("bf16 steps", lambda: _steps(torch.bfloat16, 3)),
             ("stochastic rounding", _rounding),
+            ("split weights", lambda: _split(None)),
+            ("split rounding", lambda: _split(5)),
+            ("split steps", lambda: _steps16(torch.bfloat16, torch.float32, split=True)),
+            ("16-bit steps", lambda: _steps16(torch.bfloat16, torch.bfloat16)),
+            ("16-bit moments", lambda: _steps16(torch.float32, torch.bfloat16)),
+            ("signed 4-bit codes", lambda: _codec4(True)),
+            ("unsigned 4-bit codes", lambda: _codec4(False)),
+            ("4-bit fp32 steps", lambda: _steps4(torch.float32, None)),
+            ("4-bit bf16 steps", lambda: _steps4(torch.bfloat16, 3)),
         ):
             if not good():
                 return f"self-test failed: {name} differ from the plain twin"

@@ -1,11 +1,13 @@
 """FRUGAL: Adam on a rotating share of the linear weights, signSGD on the rest, at the same learning rate."""
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor
 
 from tare.core.checks import check_choice, check_number
 from tare.core.errors import InputError
+from tare.core.orders import Order
 from tare.core.recipe import Match, Recipe
 from tare.core.storage import Storage
 from tare.core.transform import Transform
@@ -15,13 +17,14 @@ from tare.rules.adam import Adam
 from tare.rules.lion import Lion
 from tare.rules.maps import Sign
 from tare.rules.momentum import Momentum
+from tare.rules.rotating import make_order, rotating_tensors
 from tare.rules.stateless import Stateless
 from tare.subspace.bases import Basis, OrthonormalBasis, SVDBasis
 from tare.subspace.catalogue import instead
 from tare.subspace.coordinates import CoordinateBasis, EntryBasis
 from tare.subspace.refresh import Refresh
 from tare.subspace.residual import MappedResidual
-from tare.subspace.wrapper import Subspace
+from tare.subspace.wrapper import SIDES, Subspace
 
 SELECTIONS = (
     "block", "columns", "rows", "randperm", "randk", "svd", "random", "top-columns", "top-rows",
@@ -66,6 +69,7 @@ CARD = Card(
     ),
     auto_rank=65,
     release="yes",
+    every_leaf={"selection": "columns"},
     state="8 density m n, + 4 for each chosen row, column or entry, or the basis",
 )  # fmt: skip
 
@@ -91,7 +95,7 @@ def selection_basis(selection: str, density: float, basis: str | Basis | None) -
 
 
 def frugal_recipe(
-    density: float, period: int, selection: str, order: str, inner: str, outside: str, outside_scale: float, scale: float,
+    density: float, period: int, selection: str, order: str | Order, inner: str, outside: str, outside_scale: float, scale: float,
     side: str, basis: str | Basis | None, betas: tuple[float, float], eps: float, momentum: float, transfer: str, stagger: bool,
     targets: Match,
 ) -> Recipe:  # fmt: skip
@@ -99,11 +103,16 @@ def frugal_recipe(
     check_choice("outside", outside, ("sign", "sgd", "none"))
     if check_number("density", density, 0.0, inclusive=True) > 1.0:
         raise InputError(f"density: {density!r} is more than everything; a share in [0, 1] is expected")
-    rule = inner_rule(inner, betas, eps, momentum)
-    idle = Stateless({"sign": Sign(), "sgd": None, "none": None}[outside], scale * outside_scale * (outside != "none"))
+    rule, blocks = inner_rule(inner, betas, eps, momentum), make_order(order)
+    check_choice("transfer", transfer, ("zero", "keep", "rotate"))
+    check_choice("side", side, SIDES)
+    own = Stateless({"sign": Sign(), "sgd": None, "none": None}[outside], outside_scale * (outside != "none"))
+    idle = replace(own, scale=own.scale * scale)
     low: Transform
     if density == 0.0:
         low = idle
+    elif selection == "block":
+        low = rotating_tensors(rule, own if outside != "none" else None, density, period, blocks, scale)
     else:
         residual = MappedResidual(idle.map, idle.scale) if outside != "none" else None
         low = Subspace(
@@ -124,7 +133,7 @@ class Frugal(Method):
         period: updates between selections; moments and their step count start anew.
         selection: `block` (whole tensors), `columns`, `rows`, `randperm` (lines of the shorter side), `randk` (entries),
             `svd`, `random` (orthonormal), `top-columns`, `top-rows` (the largest).
-        order: of the blocks: `random`, `ascending`, `descending`, `mirror`, `greedy`.
+        order: of the blocks: `random`, `ascending`, `descending`, `mirror`, `fixed`, `greedy`, or an `Order`.
         inner: rule of the chosen part: `adam`, `lion`, `sgdm`.
         outside: `sign` (paper), `sgd`, or `none` (GaLore with resets).
         outside_scale: kappa, multiplies the learning rate outside.
@@ -140,7 +149,7 @@ class Frugal(Method):
 
     def __init__(
         self, params: Any, lr: float | Tensor = 1e-3, density: float = 0.25, period: int = 200, *,
-        selection: str = "columns", order: str = "descending", inner: Literal["adam", "lion", "sgdm"] = "adam",
+        selection: str = "block", order: str | Order = "descending", inner: Literal["adam", "lion", "sgdm"] = "adam",
         outside: Literal["sign", "sgd", "none"] = "sign", outside_scale: float = 1.0, scale: float = 1.0,
         side: str = "shorter", basis: str | Basis | None = None, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
         momentum: float = 0.9, weight_decay: float = 0.0, transfer: str = "zero", stagger: bool = False,

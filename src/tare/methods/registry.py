@@ -17,7 +17,9 @@ class Card:
 
     presets: per named model, the constructor arguments to start from. auto_rank: place in the planner's order of
     preference for `--method auto` (lower first, among those that fit). release: whether it steps inside backward, and
-    whether it then accumulates small projected gradients over micro-batches.
+    whether it then accumulates small projected gradients over micro-batches. coupled: leaves that are stepped together share a
+    number, so that one alone steps otherwise than in company. every_leaf: of a method that steps few leaves at a time, the constructor
+    arguments under which it steps them all at every update, for checks that look at single leaves.
     """
 
     key: str
@@ -34,6 +36,8 @@ class Card:
     reproduced: str = ""
     auto_rank: int = 100
     release: Literal["yes", "accumulates", "no"] = "yes"
+    coupled: bool = False
+    every_leaf: dict[str, Any] = field(default_factory=dict)
     state: str = ""  # state bytes of an m x n matrix, in words
 
 

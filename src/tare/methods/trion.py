@@ -16,9 +16,9 @@ from tare.methods.dct_adamw import CARD as DCT
 from tare.methods.galore import LARGE_PRESETS, LLAMA_RANKS, SMALL
 from tare.methods.registry import Card, register
 from tare.rules.adam import Adam
-from tare.rules.mapped import Mapped
 from tare.rules.maps import Orthogonal
 from tare.rules.own_rate import OwnRate
+from tare.rules.stateless import Stateless
 from tare.subspace.bases import Basis
 from tare.subspace.catalogue import instead
 from tare.subspace.dct import DCTBasis
@@ -96,7 +96,7 @@ def trion_recipe(
     check_number("momentum", momentum, 0.0, inclusive=True, below=1.0)
     own = DCTBasis(rank, transform, norm)  # type: ignore[arg-type]
     low = ShapeScaled(
-        Mapped(Orthogonal(steps)), instead(basis, own), Refresh(1),
+        Stateless(Orthogonal(steps)), instead(basis, own), Refresh(1),
         residual=FeedbackResidual(1.0 - momentum), factor=factor,  # type: ignore[arg-type]
     )  # fmt: skip
     return Recipe(((targets, low), ("*", OwnRate(Adam(adam_betas, adam_eps), adam_ratio))), decay="before")

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from tare.core.errors import InputError
+from tare.core.weights import quantize_weights_
 from tare.plan.cache import cached
 from tare.plan.models import DTYPES, build_skeleton, config_for, enable_checkpointing
 from tare.plan.tracker import MemoryTracker, Peak
@@ -69,6 +70,8 @@ def profile_model(
     dtype: Literal["fp32", "bf16"] = "fp32",
     precision: Precision | None = None,
     checkpointing: bool = False,
+    quantized: bool = False,
+    trained: tuple[str, ...] | None = None,
 ) -> StepProfile:
     """The memory of a forward, loss and backward with `batch` sequences of `seq` tokens, from disk if known.
 
@@ -79,6 +82,8 @@ def profile_model(
         dtype: of the weights.
         precision: of the arithmetic; default: the dtype of the weights.
         checkpointing: activations of each layer recomputed in backward.
+        quantized: linear weights are int8 (`Storage(weight="int8")`): decoded for the length of each product.
+        trained: names of the parameters that get gradients; None: all.
 
     Raises:
         InputError: a bad model, batch or sequence length, or a combination that makes no sense.
@@ -94,10 +99,13 @@ def profile_model(
         "dtype": dtype,
         "precision": precision,
         "checkpointing": checkpointing,
+        "quantized": quantized,
     }
+    if trained is not None:
+        what["trained"] = sorted(trained)
     return cached(
         what,
-        lambda: _run(config, batch, seq, DTYPES[dtype], precision, checkpointing),
+        lambda: _run(config, batch, seq, DTYPES[dtype], precision, checkpointing, quantized, trained),
         dataclasses.asdict,
         _decode,
     )
@@ -138,10 +146,16 @@ def _no_packing() -> Iterator[None]:
 
 
 def _run(
-    config: "PretrainedConfig", batch: int, seq: int, dtype: torch.dtype, precision: Precision, checkpointing: bool
+    config: "PretrainedConfig", batch: int, seq: int, dtype: torch.dtype, precision: Precision, checkpointing: bool,
+    quantized: bool = False, trained: tuple[str, ...] | None = None,
 ) -> StepProfile:
     with fake_tensors():
         model = build_skeleton(config, dtype).train()
+        if quantized:
+            quantize_weights_(model)
+        if trained is not None:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name in trained)
         if checkpointing:
             enable_checkpointing(model)
         return track_step(model, torch.zeros(batch, seq, dtype=torch.long), precision)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from tare.core.checks import check_choice
 from tare.core.errors import DoesNotFit, InputError
 from tare.core.storage import Storage
 from tare.methods import registry
@@ -61,6 +62,7 @@ def plan(
     checkpointing: bool = False,
     release: bool = False,
     accumulate: int = 1,
+    clip_mode: Literal["exact", "previous", "two-pass"] = "exact",
     dtype: Literal["fp32", "bf16"] | None = None,
     precision: Precision | None = None,
     storage: dict[str, Any] | Storage | None = None,
@@ -77,7 +79,7 @@ def plan(
         batch: sequences per micro-batch. seq: tokens per sequence; default: all positions of the model.
         methods: registry keys; default all.
         checkpointing: recompute activations in backward. release: step each leaf inside backward.
-        accumulate: micro-batches per step.
+        accumulate: micro-batches per step. clip_mode: how release clips, see `train.clip_mode`.
         dtype: of the weights, by default as `precision` says. precision: fp32, bf16-autocast or bf16 (weights too).
         storage: fields of `tare.Storage` that go on top of each method's own.
         hyper: constructor arguments (`rank`, ...) that go on top of each method's preset; methods without one ignore it.
@@ -104,9 +106,10 @@ def plan(
     keys = list(dict.fromkeys(methods)) if methods is not None else registry.keys()
     keys.sort(key=lambda key: registry.card(key).auto_rank)
     check_known(hyper or {}, keys)
+    check_choice("clip_mode", clip_mode, ("exact", "previous", "two-pass"))
     settings = Settings(
-        config, name, batch, seq, dtype, precision, checkpointing, release, accumulate, storage, dict(hyper or {}),
-        alone=len(keys) == 1,
+        config, name, batch, seq, dtype, precision, checkpointing, release, accumulate, clip_mode, storage,
+        dict(hyper or {}), alone=len(keys) == 1,
     )  # fmt: skip
     rows = tuple(plan_row(settings, key, limit) for key in keys)
     nothing = limit is not None and rows and not any(row.fits for row in rows)

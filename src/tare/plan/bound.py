@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from tare.plan.activations import StepProfile, profile_model
 from tare.plan.rows import Settings
-from tare.plan.steps import state_bytes, weight_bytes
+from tare.plan.steps import state_bytes, trained_sets, weight_bytes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -20,21 +20,25 @@ class Bound:
 
     def __init__(self, budget: int):
         self._budget = budget
-        self._weights: dict[str, int] = {}
-        self._state: dict[tuple[str, ...], int] = {}
+        self._weights: dict[tuple[str, bool], int] = {}
+        self._state: dict[tuple[str, ...], tuple[int, bool]] = {}
         self._step: dict[tuple[object, ...], tuple[int, int, int]] = {}
 
     def may_fit(self, settings: Settings, key: str) -> bool:
         """False only if the method certainly does not fit."""
-        if settings.dtype not in self._weights:
-            self._weights[settings.dtype] = weight_bytes(settings.config, settings.dtype)
-        weights = self._weights[settings.dtype]
+        quantized = settings.choice(key).storage.weight == "int8"
+        weights, whole = (self._weight_bytes(settings, form) for form in (quantized, False))
         what = (key, settings.dtype, repr(settings.storage), repr(settings.hyper))
         if what not in self._state:
-            self._state[what] = state_bytes(settings.choice(key), settings.config, settings.dtype)
-        room = self._budget - weights - self._state[what]
+            choice, config = settings.choice(key), settings.config
+            some = bool(trained_sets(choice, config, settings.dtype))
+            self._state[what] = state_bytes(choice, config, settings.dtype), some
+        state, some = self._state[what]
+        room = self._budget - weights - state
+        if some:  # only some leaves have gradients, and not all activations are kept
+            return room >= 0
         inside = settings.release and settings.accumulate == 1
-        gradients = 0 if inside else weights
+        gradients = 0 if inside else whole
         if room < gradients:
             return False
         how = (settings.dtype, settings.precision, settings.batch, settings.seq, settings.checkpointing)
@@ -44,6 +48,13 @@ class Bound:
         if settings.accumulate > 1:
             return max(forward, released) + gradients <= room
         return max(forward, released if inside else backward) <= room
+
+
+    def _weight_bytes(self, settings: Settings, quantized: bool) -> int:
+        form = settings.dtype, quantized
+        if form not in self._weights:
+            self._weights[form] = weight_bytes(settings.config, *form)
+        return self._weights[form]
 
 
 def step_bound(settings: Settings) -> tuple[int, int, int]:

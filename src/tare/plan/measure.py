@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.autograd.profiler import profile, record_function
 
+from tare.core.weights import plain_parts
+
 _FREED = "tare.freed "  # followed by the address of a block that was alive before the window
 
 
@@ -84,7 +86,7 @@ class StepMeter:
 
     def _before(self) -> Iterator[torch.Tensor]:
         for parameter in self._model.parameters():
-            yield parameter
+            yield from plain_parts("", parameter).values()
             if parameter.grad is not None:
                 yield parameter.grad
         yield from self._model.buffers()

@@ -22,6 +22,7 @@ def show(plan: "Plan") -> "RenderableType":
     unit, _ = _unit(plan)
     lines: list[RenderableType] = [Text(heading(plan), style="bold"), Text(), table(plan), Text()]
     lines += [Text(f"{row.method}: {row.note}") for row in plan.rows if row.note]
+    lines += [Text(f"{remark}.") for remark in dict.fromkeys(row.remark for row in plan.rows) if remark]
     lines.append(
         Text(f"{unit} of tensors at the moment of the peak; state is exact. A device's own needs come on top.")
     )
@@ -37,7 +38,7 @@ def heading(plan: "Plan") -> str:
     words = [s.name, f"batch {s.batch}", f"seq {s.seq}", s.precision]
     words += [f"accumulate {s.accumulate}"] if s.accumulate > 1 else []
     words += ["checkpointing"] if s.checkpointing else []
-    words += ["release"] if s.release else []
+    words += ["release" + (f", {s.clip_mode} clipping" if s.clip_mode != "exact" else "")] if s.release else []
     words += [f"budget {format_bytes(plan.budget)}"] if plan.budget is not None else []
     return ", ".join(words)
 
@@ -74,7 +75,7 @@ def _unit(plan: "Plan") -> tuple[str, int]:
 def to_json(plan: "Plan") -> dict[str, Any]:
     """Plain JSON values."""
     s = plan.settings
-    names = ("batch", "seq", "dtype", "precision", "checkpointing", "release", "accumulate")
+    names = ("batch", "seq", "dtype", "precision", "checkpointing", "release", "accumulate", "clip_mode")
     return {
         "model": s.name,
         **{name: getattr(s, name) for name in names},

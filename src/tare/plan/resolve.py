@@ -10,6 +10,7 @@ from torch import nn
 from tare.core.errors import InputError, nearest
 from tare.core.optimizer import Optimizer
 from tare.core.storage import Storage
+from tare.core.weights import quantize_weights_
 from tare.methods import registry
 from tare.plan.models import named
 
@@ -45,7 +46,7 @@ def resolve(
     Args:
         key: a registered method.
         model: a named model has presets of its own.
-        dtype: of the weights; bf16 weights are rounded stochastically unless `storage` says otherwise.
+        dtype: of the weights; bf16 weights are rounded stochastically unless `storage` or the method says otherwise.
         hyper: constructor arguments, `lr` among them; None values are ignored.
         storage: single fields go on top of the method's own storage (8-bit methods stay 8-bit); a `Storage` replaces it.
         release: step inside backward.
@@ -66,8 +67,10 @@ def resolve(
             )
     if isinstance(storage, Storage):
         return Choice(key, lr, options, storage, release)
-    own = registry.build(key, nn.Linear(2, 2), lr).storage
-    changes: dict[str, Any] = {"weight": "stochastic"} if dtype == "bf16" else {}
+    probe = nn.Linear(2, 2)
+    quantize_weights_(probe)  # which goes with any storage
+    own = registry.build(key, probe, lr).storage
+    changes: dict[str, Any] = {"weight": "stochastic"} if dtype == "bf16" and own.weight == "plain" else {}
     changes.update(storage or {})
     Storage.of(changes)  # names and values are checked before they meet the method's own
     return Choice(key, lr, options, dataclasses.replace(own, **changes), release)

@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tare.core.storage import Storage
 from tare.methods import registry
+from tare.plan import released
 from tare.plan.activations import Moment, Precision, StepProfile, profile_model
 from tare.plan.resolve import Choice, applicable, resolve
-from tare.plan.steps import StepCost, step_cost
+from tare.plan.steps import StepCost, accumulation_refused, step_cost
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-Event = Literal["end of forward", "backward", "optimizer step", "refresh", "evaluation"]
+Event = Literal["end of forward", "backward", "optimizer step", "refresh", "first step", "measuring", "evaluation"]
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,14 @@ class Settings:
     checkpointing: bool = False
     release: bool = False
     accumulate: int = 1
+    clip_mode: Literal["exact", "previous", "two-pass"] = "exact"  # with release: how the norm is had, if it is clipped
     storage: dict[str, Any] | Storage | None = None
     hyper: dict[str, Any] = field(default_factory=dict)
     alone: bool = True  # whether one method is planned, to which all of `hyper` is meant
 
-    def profile(self) -> StepProfile:
-        """Activations and gradients of a micro-batch."""
+    def profile(self, quantized: bool = False, trained: tuple[str, ...] | None = None) -> StepProfile:
+        """Weights, activations and gradients of a micro-batch. quantized: linear weights are int8. trained: the names of what has
+        gradients, if not all."""
         return profile_model(
             self.config,
             self.batch,
@@ -42,6 +45,8 @@ class Settings:
             dtype=self.dtype,
             precision=self.precision,
             checkpointing=self.checkpointing,
+            quantized=quantized,
+            trained=trained,
         )
 
     def choice(self, key: str) -> Choice:
@@ -66,20 +71,23 @@ class PlanRow:
     fits: bool | None  # None: no budget was given
     options: dict[str, Any]
     events: dict[str, int]  # the peak of each event
-    note: str = ""
+    note: str = ""  # why it cannot run at all
+    remark: str = ""  # what else it costs
 
 
 def plan_row(settings: Settings, key: str, budget: int | None = None) -> PlanRow:
     """The line of one method."""
     choice = settings.choice(key)
     cost = step_cost(choice, settings.config, settings.dtype)
-    profile = settings.profile()
-    moments = _moments(profile, cost, settings)
+    # Where blocks of leaves take turns in having gradients: the turn that needs most.
+    profiles = [settings.profile(choice.storage.weight == "int8", trained) for trained in cost.trained or (None,)]
+    turns = [_moments(profile, cost, settings) for profile in profiles]
+    profile, moments = max(zip(profiles, turns, strict=True), key=lambda turn: max(m.total for m in turn[1].values()))
     fixed = profile.weights + cost.state
     event = max(moments, key=lambda name: moments[name].total)
     worst = moments[event]
     peak = fixed + worst.total
-    note = _objection(settings, key)
+    note = _objection(settings, key, choice)
     return PlanRow(
         method=key,
         weights=profile.weights,
@@ -93,6 +101,7 @@ def plan_row(settings: Settings, key: str, budget: int | None = None) -> PlanRow
         options=shown_options(choice),
         events={name: fixed + moment.total for name, moment in moments.items()},
         note=note,
+        remark=_remark(settings),
     )
 
 
@@ -113,7 +122,9 @@ def _moments(profile: StepProfile, cost: StepCost, settings: Settings) -> dict[E
     batch = 8 * settings.batch * settings.seq  # the tokens, int64, are still there when the optimizer steps
     ordinary, refresh = max(cost.ordinary.values(), default=0), max(cost.refresh.values(), default=0)
     whole = profile.gradients
-    if settings.release and settings.accumulate == 1:
+    if settings.release and settings.accumulate > 1:
+        return _released_moments(profile, cost, settings)
+    if settings.release:
         # Each leaf is stepped at its moment in backward, when its gradient is the only finished one.
         def at(leaf_temporaries: dict[str, int]) -> Moment:
             steps = [_plus(leaf.others, leaf_temporaries.get(leaf.name, 0)) for leaf in profile.leaves]
@@ -122,7 +133,6 @@ def _moments(profile: StepProfile, cost: StepCost, settings: Settings) -> dict[E
         forward, backward = profile.forward, profile.released
         step, fresh = at(cost.ordinary), at(cost.refresh)
     else:
-        # Release with micro-batches keeps whole gradients too: at the latest a refresh needs them.
         if settings.accumulate == 1:
             forward, backward = profile.forward, profile.backward
         else:  # the sum over earlier micro-batches is there from the start
@@ -136,15 +146,42 @@ def _moments(profile: StepProfile, cost: StepCost, settings: Settings) -> dict[E
     return moments
 
 
+def _released_moments(profile: StepProfile, cost: StepCost, settings: Settings) -> dict[Event, Moment]:
+    usual = released.ordinary(profile, cost)
+    moments: dict[Event, Moment] = {
+        "end of forward": usual.forward, "backward": usual.backward, "optimizer step": usual.step,
+    }  # fmt: skip
+    if cost.parts:
+        begin, refresh = released.first(profile, cost).highest, released.later_refresh(profile, cost).highest
+        moments["refresh"] = refresh
+        if refresh != begin:
+            moments["first step"] = begin
+    if settings.clip_mode == "two-pass":
+        moments["measuring"] = released.measuring(profile)
+    moments["evaluation"] = profile.evaluation
+    return moments
+
+
 def _plus(moment: Moment, temporaries: int) -> Moment:
     return dataclasses.replace(moment, temporaries=moment.temporaries + temporaries)
 
 
-def _objection(settings: Settings, key: str) -> str:
+def _objection(settings: Settings, key: str, choice: Choice) -> str:
     """Why this method cannot run with these settings at all, or nothing."""
-    card = registry.card(key)
-    if settings.release and card.release == "no":
+    if settings.release and registry.card(key).release == "no":
         return "cannot step inside backward"
-    if settings.release and settings.accumulate > 1 and card.release == "yes" and "rank" in registry.options(key):
+    if not settings.release or settings.accumulate == 1:
+        return ""
+    if accumulation_refused(choice, settings.config, settings.dtype, by_previous=False):
         return "needs whole gradients: no --release with --accumulate"
+    by_previous = settings.clip_mode == "previous"
+    if accumulation_refused(choice, settings.config, settings.dtype, by_previous):
+        return "sums projected gradients, which have no whole norm: no --clip-mode previous with --accumulate"
     return ""
+
+
+def _remark(settings: Settings) -> str:
+    if not settings.release or settings.clip_mode != "two-pass":
+        return ""
+    held = ", the first time with the sum of whole gradients" if settings.accumulate > 1 else ""
+    return f"two-pass clipping runs every forward and backward twice{held}"

@@ -96,7 +96,7 @@ def _ladders(settings: Settings, key: str) -> Iterator[list[Change]]:
     if not settings.checkpointing:
         yield [stay, Change(1, "--checkpointing", {"checkpointing": True})]
     if not settings.release and settings.accumulate == 1 and card.release != "no":
-        yield [stay, Change(2, "--release --clip none", {"release": True})]  # no whole norm to clip by
+        yield [stay, Change(2, "--release --clip-mode two-pass", {"release": True, "clip_mode": "two-pass"})]
     if choice.storage.moment != "int8" and not isinstance(settings.storage, Storage):
         yield [stay, Change(4, "--method.storage.moment int8", {"moment": "int8"})]
     rank = choice.options.get("rank", getattr(registry.options(key).get("rank"), "default", None))

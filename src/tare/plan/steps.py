@@ -5,16 +5,15 @@ leaf, so the largest one decides; dense fp32 leaves go through fused kernels tog
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 import torch
 from torch import nn
 
+from tare.core import weights
+from tare.core.int8_weight import Int8Weight
 from tare.core.leaf import Leaf
 from tare.core.optimizer import Optimizer
 from tare.core.random import normal
@@ -40,16 +39,29 @@ class StepCost:
     by_kind: dict[str, int]
     ordinary: dict[str, int]  # leaf name -> temporaries of its step
     refresh: dict[str, int]  # leaf name -> temporaries of its step when its basis is computed anew
+    parts: dict[str, int] = field(
+        default_factory=dict
+    )  # leaf name -> its projected gradient, where micro-batches sum it
+    gather: dict[str, int] = field(default_factory=dict)  # the same leaves -> temporaries of projecting one micro-batch
+    turns: dict[str, int] = field(default_factory=dict)  # the same leaves -> at which update of a period they refresh
+    # Where not all leaves have gradients at once: those that do, at the turns that may need most memory.
+    trained: tuple[tuple[str, ...], ...] = ()
 
 
 def state_bytes(choice: Choice, config: "PretrainedConfig", dtype: str) -> int:
     """Bytes of optimizer state, exact, from the transforms' specs; nothing is allocated and no step is run."""
-    return _on_paper(choice, config, dtype).state_bytes().total
+    account = _on_paper(choice, config, dtype).state_bytes()
+    return account.total + account.shared
 
 
-def weight_bytes(config: "PretrainedConfig", dtype: str) -> int:
-    """Bytes of the parameters."""
-    return sum(p.numel() * p.element_size() for p in _shapes(_text(config), dtype).parameters())
+def weight_bytes(config: "PretrainedConfig", dtype: str, quantized: bool = False) -> int:
+    """Bytes of the parameters; quantized: the linear ones are int8."""
+    return weights.weight_bytes(_shapes(_text(config), dtype, quantized))
+
+
+def trained_sets(choice: Choice, config: "PretrainedConfig", dtype: str) -> tuple[tuple[str, ...], ...]:
+    """Names of the leaves that have gradients, at the turns that may need most memory; nothing where all always have."""
+    return _on_paper(choice, config, dtype).trained_sets()
 
 
 def step_cost(choice: Choice, config: "PretrainedConfig", dtype: str) -> StepCost:
@@ -66,38 +78,33 @@ def step_cost(choice: Choice, config: "PretrainedConfig", dtype: str) -> StepCos
     return cached(what, lambda: _run(choice, _on_paper(choice, config, dtype)), _encode, _decode)
 
 
+def accumulation_refused(choice: Choice, config: "PretrainedConfig", dtype: str, by_previous: bool) -> str:
+    """Why release mode cannot step on several micro-batches with this method, or nothing; see `Optimizer`."""
+    return _on_paper(choice, config, dtype).accumulation_refused(by_previous)
+
+
 def _text(config: "PretrainedConfig") -> str:
     return json.dumps([config.model_type, config.to_dict()], sort_keys=True, default=str)
 
 
 @lru_cache(maxsize=4)
-def _shapes(config: str, dtype: str) -> nn.Module:
+def _shapes(config: str, dtype: str, quantized: bool = False) -> nn.Module:
     """The model on the meta device."""
     from transformers import CONFIG_MAPPING
 
     kind, content = json.loads(config)
     with torch.device("meta"):
-        return build_skeleton(CONFIG_MAPPING[kind].from_dict(content), DTYPES[dtype])
+        model = build_skeleton(CONFIG_MAPPING[kind].from_dict(content), DTYPES[dtype])
+    if quantized:
+        weights.quantize_weights_(model)
+    return model
 
 
 def _on_paper(choice: Choice, config: "PretrainedConfig", dtype: str) -> Optimizer:
     """The optimizer of the whole model on the meta device: it has leaves and an account, and no state."""
-    return Choice(choice.key, choice.lr, choice.options, choice.storage).build(_shapes(_text(config), dtype))
-
-
-@contextmanager
-def native_on_paper() -> Iterator[None]:
-    """Native kernels refuse fake tensors. Where they exist they will do the work without temporaries, so say that they did."""
-    names = ("adamw8bit_", "lion8bit_", "write_stochastic_", "encode_into", "decode_into")
-    with ExitStack() as stack:
-        if native.available():
-            for name in names:
-                stack.enter_context(patch.object(native, name, _takes_all))
-        yield
-
-
-def _takes_all(*tensors: Any, **options: Any) -> bool:
-    return all(x.is_contiguous() for x in (*tensors, *options.values()) if isinstance(x, torch.Tensor))
+    return Choice(choice.key, choice.lr, choice.options, choice.storage).build(
+        _shapes(_text(config), dtype, choice.storage.weight == "int8")
+    )
 
 
 def _run(choice: Choice, whole: Optimizer) -> StepCost:
@@ -105,29 +112,62 @@ def _run(choice: Choice, whole: Optimizer) -> StepCost:
     normal(0, (1,))  # its table is made once and kept: it must not be made of fake tensors
     kinds: dict[Leaf, list[str]] = {}
     first: dict[Any, Leaf] = {}
-    for leaf in whole.leaves:
-        sort = (leaf.shape, leaf.dtype, leaf.role, whole.recipe.find(leaf))
+    quantized = set()
+    for leaf, p in zip(whole.leaves, (p for group in whole.param_groups for p in group["params"]), strict=True):
+        int8 = isinstance(p, Int8Weight)
+        sort = (leaf.shape, leaf.dtype, leaf.role, whole.recipe.find(leaf), int8)
         kinds.setdefault(first.setdefault(sort, leaf), []).append(leaf.name)
-    ordinary, refresh = {}, {}
-    with fake_tensors(), native_on_paper():
-        stand_ins = {leaf: nn.Parameter(_stand_in(leaf, whole)) for leaf in kinds}
-        groups = [{"params": [(leaf.name, p)], "role": leaf.role} for leaf, p in stand_ins.items()]
-        optimizer = Choice(choice.key, choice.lr, choice.options, choice.storage).build(groups)
-        for leaf, names in kinds.items():
-            common, rare = leaf_temporaries(optimizer, stand_ins[leaf])
-            ordinary.update(dict.fromkeys(names, common))
-            refresh.update(dict.fromkeys(names, rare))
+        if int8:
+            quantized.add(leaf.name)
+    ordinary: dict[str, int] = {}
+    refresh: dict[str, int] = {}
+    parts: dict[str, int] = {}
+    gather: dict[str, int] = {}
+    with fake_tensors(), native.on_paper():
+        for recipe in whole.phases():
+            stand_ins = {leaf: nn.Parameter(_stand_in(leaf, whole, leaf.name in quantized)) for leaf in kinds}
+            groups = [{"params": [(leaf.name, p)], "role": leaf.role} for leaf, p in stand_ins.items()]
+            if recipe is whole.recipe:
+                optimizer = Choice(choice.key, choice.lr, choice.options, choice.storage).build(groups)
+            else:  # of leaves that take turns, all on, then all off
+                optimizer = Optimizer(groups, recipe, choice.lr, storage=whole.storage)
+            for leaf, names in kinds.items():
+                common, rare = leaf_temporaries(optimizer, stand_ins[leaf])
+                for name in names:
+                    ordinary[name], refresh[name] = max(common, ordinary.get(name, 0)), max(rare, refresh.get(name, 0))
+                if found := _part(optimizer, stand_ins[leaf]):
+                    parts.update(dict.fromkeys(names, found[0]))
+                    gather.update(dict.fromkeys(names, found[1]))
     account = whole.state_bytes()
-    return StepCost(account.total, dict(account.by_kind), ordinary, refresh)
+    turns = {name: turn for name, turn in _turns(whole).items() if name in parts}
+    trained = whole.trained_sets()
+    return StepCost(account.total + account.shared, dict(account.by_kind), ordinary, refresh, parts, gather, turns, trained)
 
 
-def _stand_in(leaf: Leaf, optimizer: Optimizer) -> torch.Tensor:
+def _turns(optimizer: Optimizer) -> dict[str, int]:
+    """At which update of a period each leaf computes its basis: all at 0, or one after the other where they are staggered.
+
+    A calendar with state of its own may bring leaves together that were apart: counted as all at once.
+    """
+    turns = {}
+    for entry in optimizer._entries.values():
+        calendar: Any = getattr(entry.transform, "refresh", None)
+        turns[entry.leaf.name] = 0
+        if getattr(calendar, "stagger", False) and not calendar.spec(1, ()):
+            updates = range(1, calendar.period + 1)
+            due = (n for n in updates if calendar.epoch(n, entry.phase) > calendar.epoch(n - 1, entry.phase))
+            turns[entry.leaf.name] = next(due, 0)
+    return turns
+
+
+def _stand_in(leaf: Leaf, optimizer: Optimizer, quantized: bool) -> torch.Tensor:
     """A tensor for the leaf. Element-wise rules work in chunks, so a few chunks of a huge leaf show all there is to see."""
     transform, _ = optimizer.recipe.entries[optimizer.recipe.find(leaf)][1].resolve(leaf)
     shape = leaf.shape
     if transform.sharding == "elementwise" and len(shape) == 2 and leaf.numel > 4 * CHUNK:
         shape = (-(-4 * CHUNK // shape[1]), shape[1])
-    return torch.empty(shape, dtype=leaf.dtype)
+    dense = torch.empty(shape, dtype=leaf.dtype)
+    return Int8Weight.encode(dense) if quantized else dense
 
 
 def leaf_temporaries(optimizer: Optimizer, parameter: torch.Tensor) -> tuple[int, int]:
@@ -150,13 +190,32 @@ def leaf_temporaries(optimizer: Optimizer, parameter: torch.Tensor) -> tuple[int
     return extra["ordinary"], max(extra.values())
 
 
+def _part(optimizer: Optimizer, parameter: torch.Tensor) -> tuple[int, int] | None:
+    """Bytes of the projected gradient that a micro-batch leaves, and of making it (itself included); None where it is whole."""
+    if not optimizer._entries[parameter].projects:
+        return None
+    parameter.grad = torch.zeros_like(parameter)
+    tracker = MemoryTracker()
+    tracker.mark([parameter], "parameter")
+    tracker.mark([parameter.grad], "gradient")
+    tracker.mark((v for v in optimizer.state[parameter].values() if isinstance(v, torch.Tensor)), "state")
+    before = tracker.total
+    with tracker, tracker.phase("gather"), torch.no_grad():
+        part = optimizer._compressed(parameter)
+    parameter.grad = None
+    if part is None:  # a refresh at every update
+        return None
+    return part.untyped_storage().nbytes(), tracker.peak("gather").total - before
+
+
 def _encode(cost: StepCost) -> dict[str, Any]:
-    return {"state": cost.state, "by_kind": cost.by_kind, "ordinary": cost.ordinary, "refresh": cost.refresh}
+    return asdict(cost)
 
 
 def _decode(data: dict[str, Any]) -> StepCost:
-    cost = StepCost(**data)
-    numbers = [cost.state, *cost.by_kind.values(), *cost.ordinary.values(), *cost.refresh.values()]
+    cost = StepCost(**{**data, "trained": tuple(map(tuple, data.get("trained", ())))})
+    tables = (cost.by_kind, cost.ordinary, cost.refresh, cost.parts, cost.gather, cost.turns)
+    numbers = [cost.state, *(number for table in tables for number in table.values())]
     if not all(isinstance(number, int) and number >= 0 for number in numbers):
         raise ValueError("damaged cache entry")
     return cost

@@ -15,6 +15,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tare.core.int8_weight import Int8Weight
+
 Category = Literal["parameter", "gradient", "state", "input", "activation", "temporary"]
 # What LAPACK and sort allocate inside themselves, in elements of the input: measured on the CPU against the allocator, fp32 and
 # fp64, 256 to 2048 rows (svd of m x n: its copy of the input; eigh of n x n: two; qr: 65 columns; sort: keys).
@@ -105,6 +107,10 @@ class MemoryTracker(TorchDispatchMode):
                     self._count(leaf, None)
 
     def _count(self, tensor: torch.Tensor, category: Category | None) -> None:
+        if isinstance(tensor, Int8Weight):
+            for part in tensor.parts().values():
+                self._count(part, category)
+            return
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         known = self._alive.get(key)

@@ -1,48 +1,47 @@
-"""What `tare bench step` compares: torch's AdamW, our methods, and other packages where they are installed. All step the same weights.
+"""What `tare bench step` compares: torch's fused AdamW, which is the bar, and every registered method. Other packages: `bench_peers`."""
 
-Peers are measured, never read: they are imported here and nowhere else in the library.
-"""
-
-import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tare.core.leaf import Leaf, named_roles
-from tare.core.recipe import matches
+from tare.core.errors import InputError
+from tare.core.optimizer import Optimizer
 from tare.methods import registry
-from tare.methods.base import TARGETS
+from tare.plan.resolve import resolve
+from tare.report.bench_shapes import LAYER, Bench, shares
+from tare.report.bench_specs import MethodSpec, everything, parse
 
 Kind = Literal["torch", "tare", "peer"]
 BAR = "torch-adamw-fused"
 LR = 1e-6  # small: the same gradients are applied hundreds of times
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """The ranks of the published recipes as shares of the hidden size: GaLore and Fira 1/4, APOLLO 1/2 (60M: 128, 256)."""
-
-    quarter: int
-    half: int
+PLAIN = "adamw-8bit-plain"
 
 
 @dataclass(frozen=True)
 class Spec:
-    """One row: how its optimizer is built. package: what must be importable. native: False runs without the C++ kernels."""
+    """One row: how its optimizer is built.
+
+    package: what must be importable. native: False runs without the C++ kernels. against: our row that it competes with. slow: compiles
+    for so long that it only runs when asked for. cuda: whether it needs a GPU. rank: of its projection, where it has one.
+    period: steps between refreshes, of rows that time them.
+    """
 
     key: str
     label: str
     kind: Kind
-    build: Callable[[nn.Module, Ranks], torch.optim.Optimizer]
+    build: Callable[[Bench], torch.optim.Optimizer]
     package: str = ""
     native: bool = True
-    refreshes: bool = False
+    against: str = ""
+    slow: bool = False
+    cuda: bool = False
+    rank: Callable[[Bench], int | None] = lambda bench: None
+    period: int = 0
 
 
 @dataclass
@@ -52,7 +51,9 @@ class Contender:
     spec: Spec
     optimizer: torch.optim.Optimizer
     first_ms: float = 0.0
+    graphs: int = 0  # compiled while it warmed up
     notes: list[str] = field(default_factory=list)
+    restore: Callable[[], None] = lambda: None  # after a sample, where the optimizer changes the gradients
 
     def step(self) -> None:
         if self.spec.native:
@@ -67,6 +68,11 @@ class Contender:
             if isinstance(state.get("step"), int):
                 state["step"] = count
 
+    def refreshed(self) -> int | None:
+        """A number that changes with every refresh; None where none is noted."""
+        found = [s["refreshed"] for s in self.optimizer.state.values() if isinstance(s.get("refreshed"), int)]
+        return sum(found) if found else None
+
 
 @contextmanager
 def environment(name: str, value: str) -> Iterator[None]:
@@ -80,6 +86,9 @@ def environment(name: str, value: str) -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
+
+
+# -- bytes -----------------------------------------------------------------------------------------------------------
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -112,107 +121,129 @@ def _walk(value: Any, seen: dict[int, int], visited: set[int], depth: int) -> No
         _walk(part, seen, visited, depth + 1)
 
 
-# -- how each is built ---------------------------------------------------------------------------------------------
+def moved_bytes(contender: Contender, bench: Bench) -> int:
+    """The least bytes that a step between refreshes moves: weights read and written, gradients read, state at its stored width.
+
+    Moments are read and written, bases only read. Of other packages we know the size of the state and not what is a basis in it: all
+    counts as read and written.
+    """
+    weights = sum(p.numel() * p.element_size() for p in bench.model.parameters())
+    grads = sum(p.grad.numel() * p.grad.element_size() for p in bench.model.parameters() if p.grad is not None)
+    optimizer = contender.optimizer
+    if not isinstance(optimizer, Optimizer):
+        return 2 * weights + grads + 2 * state_bytes(optimizer)
+    slots = [slot for row in optimizer._rows() for slot in row.slots.values()]
+    return 2 * weights + grads + sum(slot.bytes * (1 if slot.spec.kind == "basis" else 2) for slot in slots)
 
 
-def _torch(**options: Any) -> Callable[[nn.Module, Ranks], torch.optim.Optimizer]:
-    return lambda model, ranks: torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0, **options)
+# -- rows ------------------------------------------------------------------------------------------------------------
 
 
-def _ours(key: str, rank: Literal["quarter", "half"] | None = None, **hyper: Any) -> Callable[[nn.Module, Ranks], Any]:
-    def build(model: nn.Module, ranks: Ranks) -> torch.optim.Optimizer:
-        extra = {"rank": getattr(ranks, rank)} if rank else {}
-        return registry.build(key, model, lr=LR, weight_decay=0.0, **extra, **hyper)
+def torch_adamw(**options: Any) -> Callable[[Bench], torch.optim.Optimizer]:
+    return lambda bench: torch.optim.AdamW(bench.model.parameters(), lr=LR, weight_decay=0.0, **options)
+
+
+BAR_SPEC = Spec(BAR, "torch AdamW fused (the bar)", "torch", torch_adamw(fused=True))
+
+
+def ours(bench: Bench, methods: list[MethodSpec] | None) -> list[Spec]:
+    """The rows of our methods; None for all, and the variants that belong beside them.
+
+    Where a method's basis is the exact SVD, its timed row takes the one-step range finder instead: between refreshes both cost the same,
+    and the first step is not a minute long. The refreshes themselves are timed with the method's own basis.
+    """
+    if methods is not None:
+        return [_row(spec, bench) for spec in methods]
+    rows = [_row(spec, bench) for spec in everything()]
+    for text in _variants(bench):
+        try:
+            rows.append(_row(parse(text)[0], bench))
+        except InputError:
+            continue  # a method or an option that this version has not
+    for row in list(rows):
+        if row.key == "adamw-8bit" and bench.device.type == "cpu":
+            rows.append(replace(row, key=PLAIN, label="adamw-8bit, no compiler", native=False))
+    return rows
+
+
+def _variants(bench: Bench) -> list[str]:
+    wanted = [f"apollo:rank={rank}" for rank in shares(bench) if chosen(parse("apollo")[0], bench, "rank") != rank]
+    if bench.dtype == "bf16":  # the ways to write 16-bit weights
+        for key in ("adamw", "adamw-8bit", "apollo-mini"):
+            wanted += [f"{key}:storage.weight={form}" for form in ("plain", "split24", "int8")]
+    return wanted
+
+
+def _preset(key: str, bench: Bench) -> dict[str, Any]:
+    return registry.preset(key, bench.preset)
+
+
+def chosen(spec: MethodSpec, bench: Bench, name: str) -> Any:
+    """An argument of a method as it will be: as named, from the model's preset, or the constructor's default; None where there is none."""
+    known = registry.options(spec.key)
+    if name not in known:
+        return None
+    return {name: known[name].default, **_preset(spec.key, bench), **spec.options}[name]
+
+
+def _row(spec: MethodSpec, bench: Bench) -> Spec:
+    exact = chosen(spec, bench, "basis") == "svd" and "basis" not in spec.options
+    build = maker(spec, {"basis": "randomized"} if exact else {})
+    rank = chosen(spec, bench, "rank")
+    return Spec(spec.text, label(spec, bench), "tare", build, against=spec.key, rank=lambda bench: rank)
+
+
+def maker(spec: MethodSpec, extra: dict[str, Any]) -> Callable[[Bench], torch.optim.Optimizer]:
+    """Builds a method with the presets of the bench's model. `extra` is left out where the method refuses it."""
+
+    def build(bench: Bench) -> torch.optim.Optimizer:
+        known = registry.options(spec.key)
+        hyper = {"lr": LR, **({"weight_decay": 0.0} if "weight_decay" in known else {}), **spec.options}
+        if bench.name.endswith(LAYER) and "active_modules" in known:
+            hyper.setdefault("active_modules", ())  # the presets name modules that a single layer has not
+
+        def made(more: dict[str, Any]) -> torch.optim.Optimizer:
+            choice = resolve(
+                spec.key, bench.preset, dtype=bench.dtype, hyper={**hyper, **more}, storage=spec.storage or None
+            )
+            return choice.build(bench.model)
+
+        try:
+            return made(extra)
+        except InputError:
+            if not extra:
+                raise
+            return made({})
 
     return build
 
 
-def _projected(model: nn.Module, **low_rank: Any) -> list[dict[str, Any]]:
-    """Parameter groups as the published packages want them: the same leaves projected as in our own recipes."""
-    low: list[Tensor] = []
-    rest: list[Tensor] = []
-    for name, p, role in named_roles(model):
-        leaf = Leaf(name, tuple(p.shape), p.dtype, role)
-        (low if p.ndim == 2 and matches(TARGETS, leaf) else rest).append(p)
-    return [{"params": rest}, {"params": low, "update_proj_gap": 200, "proj_type": "std", **low_rank}]
+def label(spec: MethodSpec, bench: Bench) -> str:
+    """The method as it was named, and its rank."""
+    rank = chosen(spec, bench, "rank")
+    shown = f" r={rank}" if rank and "rank=" not in spec.text else ""
+    return f"{spec.text}{shown}"
 
 
-def _galore_torch(model: nn.Module, ranks: Ranks) -> torch.optim.Optimizer:
-    from galore_torch import GaLoreAdamW
-
-    return GaLoreAdamW(_projected(model, rank=ranks.quarter, scale=0.25), lr=LR)
-
-
-def _apollo_torch(model: nn.Module, ranks: Ranks) -> torch.optim.Optimizer:
-    from apollo_torch import APOLLOAdamW
-
-    return APOLLOAdamW(_projected(model, rank=ranks.half, proj="random", scale_type="channel", scale=1), lr=LR)
-
-
-def _apollo_torch_mini(model: nn.Module, ranks: Ranks) -> torch.optim.Optimizer:
-    from apollo_torch import APOLLOAdamW
-
-    return APOLLOAdamW(_projected(model, rank=1, proj="random", scale_type="tensor", scale=128), lr=LR)
-
-
-def _bitsandbytes(model: nn.Module, ranks: Ranks) -> torch.optim.Optimizer:
-    from bitsandbytes.optim import AdamW8bit
-
-    return AdamW8bit(model.parameters(), lr=LR, weight_decay=0.0)
-
-
-def _torchao(model: nn.Module, ranks: Ranks) -> torch.optim.Optimizer:
-    from torchao.optim import AdamW8bit
-
-    return AdamW8bit(model.parameters(), lr=LR, weight_decay=0.0)
-
-
-_RANDOMIZED = {"basis": "randomized"}  # the basis of the timed rows: between refreshes it costs what the SVD's does
-ROWS: tuple[Spec, ...] = (
-    Spec(BAR, "torch AdamW fused (the bar)", "torch", _torch(fused=True)),
-    Spec("torch-adamw-foreach", "torch AdamW foreach (torch's default)", "torch", _torch(foreach=True)),
-    Spec("adamw", "adamw", "tare", _ours("adamw")),
-    Spec("adamw-8bit", "adamw-8bit, C++ kernels", "tare", _ours("adamw-8bit")),
-    Spec("adamw-8bit-plain", "adamw-8bit, no compiler", "tare", _ours("adamw-8bit"), native=False),
-    Spec("lion", "lion", "tare", _ours("lion")),
-    Spec("galore", "galore r={quarter}", "tare", _ours("galore", "quarter", **_RANDOMIZED)),
-    Spec("galore-8bit", "galore-8bit r={quarter}", "tare", _ours("galore-8bit", "quarter", **_RANDOMIZED)),
-    Spec(
-        "galore-adafactor", "galore-adafactor r={quarter}", "tare", _ours("galore-adafactor", "quarter", **_RANDOMIZED)
-    ),
-    Spec("fira", "fira r={quarter}", "tare", _ours("fira", "quarter", **_RANDOMIZED)),
-    Spec("apollo", "apollo r={half}", "tare", _ours("apollo", "half")),
-    Spec("apollo-quarter", "apollo r={quarter}", "tare", _ours("apollo", "quarter")),
-    Spec("apollo-mini", "apollo-mini", "tare", _ours("apollo-mini")),
-    Spec("galore-torch", "galore-torch r={quarter}", "peer", _galore_torch, "galore-torch"),
-    Spec("apollo-torch", "apollo-torch r={half}", "peer", _apollo_torch, "apollo-torch"),
-    Spec("apollo-torch-mini", "apollo-torch Mini", "peer", _apollo_torch_mini, "apollo-torch"),
-    Spec("bitsandbytes-adamw8bit", "bitsandbytes AdamW8bit", "peer", _bitsandbytes, "bitsandbytes"),
-    Spec("torchao-adamw8bit", "torchao AdamW8bit (compiled)", "peer", _torchao, "torchao"),
-)
-# A refresh of all matrices in one step, against a step without. Our exact SVD is the published algorithm.
-REFRESHES: tuple[Spec, ...] = (
-    Spec("galore", "galore r={quarter}, exact SVD", "tare", _ours("galore", "quarter")),
-    Spec("galore", "galore r={quarter}, fp64 Gram", "tare", _ours("galore", "quarter", basis="gram")),
-    Spec("galore", "galore r={quarter}, one power step", "tare", _ours("galore", "quarter", **_RANDOMIZED)),
-    Spec("apollo", "apollo r={half}, Gaussian", "tare", _ours("apollo", "half")),
-    Spec("apollo-mini", "apollo-mini, Gaussian", "tare", _ours("apollo-mini")),
-    Spec("galore-torch", "galore-torch r={quarter}, SVD", "peer", _galore_torch, "galore-torch"),
-    Spec("apollo-torch", "apollo-torch r={half}, Gaussian", "peer", _apollo_torch, "apollo-torch"),
-)
-STAGGERED: tuple[Spec, ...] = (
-    Spec("galore", "galore r={quarter}, exact SVD, staggered", "tare", _ours("galore", "quarter", stagger=True)),
-    Spec(
-        "galore", "galore r={quarter}, one power step, staggered", "tare",
-        _ours("galore", "quarter", stagger=True, **_RANDOMIZED),
-    ),
-    Spec("apollo", "apollo r={half}, Gaussian, staggered", "tare", _ours("apollo", "half", stagger=True)),
-)  # fmt: skip
-
-
-def installed(package: str) -> str | None:
-    """The version of a peer, or None."""
-    try:
-        return version(package) if importlib.util.find_spec(package.replace("-", "_")) else None
-    except (PackageNotFoundError, ImportError, ValueError):
-        return None
+def refreshing(bench: Bench, methods: list[MethodSpec] | None) -> tuple[list[Spec], list[Spec]]:
+    """Rows for refreshes: all matrices in one step; and with leaves that take turns, where the method can."""
+    whole, staggered = [], []
+    for spec in methods if methods is not None else everything():
+        known = registry.options(spec.key)
+        period = chosen(spec, bench, "period") or chosen(spec, bench, "gap")
+        if not period:
+            continue
+        own = chosen(spec, bench, "basis")
+        bases: list[Any] = [None, "randomized"] if own == "svd" and "basis" not in spec.options else [None]
+        bases += ["gram"] if spec.key == "galore" and len(bases) > 1 else []
+        for basis in bases:
+            shown = basis or (own if isinstance(own, str) else "")
+            name = label(spec, bench) + (f", {shown}" if shown else "")
+            extra = {"basis": basis} if basis else {}
+            whole.append(Spec(spec.text, name, "tare", maker(spec, extra), period=period))
+            if "stagger" in known and basis != "gram":
+                taking_turns = replace(spec, options={**spec.options, "stagger": True})
+                staggered.append(
+                    Spec(spec.text, f"{name}, staggered", "tare", maker(taking_turns, extra), period=period)
+                )
+    return whole, staggered

@@ -5,8 +5,10 @@ samples during which other processes took the cores are repeated for a while.
 """
 
 import gc
+import math
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,14 +20,32 @@ from torch import nn
 from tare.plan.measure import StepMeter
 from tare.report.bench_rows import Contender
 
+Clock = Callable[[Callable[[], object]], float]
 DISTURBED = 0.15  # share of our threads' time taken by others above which a sample is repeated
 WARM_UP = 3  # steps before anything is timed: first touch of state, compilers, first bases
 
 
 def milliseconds(step: Callable[[], object]) -> float:
+    """Wall time on the CPU."""
     started = time.perf_counter()
     step()
     return (time.perf_counter() - started) * 1e3
+
+
+def cuda_milliseconds(step: Callable[[], object]) -> float:
+    """Time between two events on the GPU's stream; what the CPU needs to launch counts where the GPU waits for it."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    begin.record()
+    step()
+    end.record()
+    torch.cuda.synchronize()
+    return float(begin.elapsed_time(end))
+
+
+def clock(device: torch.device) -> Clock:
+    """How steps are timed on a device."""
+    return cuda_milliseconds if device.type == "cuda" else milliseconds
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -49,10 +69,25 @@ def no_collector() -> Iterator[None]:
             gc.enable()
 
 
-def warm_up(contender: Contender) -> None:
-    contender.first_ms = milliseconds(contender.step)
-    for _ in range(WARM_UP - 1):
-        contender.step()
+class TooSlow(Exception):
+    """A step takes longer than a row may."""
+
+
+def warm_up(contender: Contender, timed: Clock = milliseconds, slowest: float = math.inf) -> None:
+    """The first steps. Raises `TooSlow` when the second, which compiles nothing and computes no basis, takes `slowest` seconds."""
+    before = graphs()
+    contender.first_ms = timed(contender.step)
+    for number in range(WARM_UP - 1):
+        taken = timed(contender.step)
+        if number == 0 and taken > 1e3 * slowest:
+            raise TooSlow(f"a step takes {taken / 1e3:.0f} s; --slowest is {slowest:g}")
+    contender.graphs = graphs() - before
+
+
+def graphs() -> int:
+    """Graphs that `torch.compile` has made in this process so far, recompilations included."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return int(dynamo.counters["stats"].get("unique_graphs", 0)) if dynamo else 0
 
 
 class Witness:
@@ -84,8 +119,8 @@ def _machine_seconds() -> float:
 class Patience:
     """Seconds left for repeating samples that other processes disturbed. Which to repeat never depends on its time."""
 
-    def __init__(self, seconds: float) -> None:
-        self.left, self.repeated, self.kept = seconds, 0, 0
+    def __init__(self, seconds: float, timed: Clock = milliseconds) -> None:
+        self.left, self.repeated, self.kept, self.timed = seconds, 0, 0, timed
 
     def again(self, disturbance: float, seconds: float) -> bool:
         """Whether a sample that took so long is to be thrown away. Waits a little before the next."""
@@ -105,7 +140,7 @@ class Patience:
         while True:
             prepare()
             witness = Witness()
-            found = [milliseconds(step) for step in steps]
+            found = [self.timed(step) for step in steps]
             if not self.again(witness.disturbance(), sum(found) / 1e3):
                 return found
 
@@ -120,25 +155,33 @@ def rounds(
 
     The order rotates from round to round, so that nobody always follows the same neighbour. The first entry is the bar's.
     """
-    found: dict[int, dict[str, Any]] = {id(c): {"ms": [], "bar_ms": []} for c in others}
+    found: dict[int, dict[str, Any]] = {id(c): {"ms": [], "bar_ms": [], "recompilations": 0} for c in others}
     bars: list[float] = []
     with no_collector():
         for number in range(count):
             note(f"round {number + 1} of {count}")
             turn = number % max(1, len(others))
             for contender in others[turn:] + others[:turn]:
+                compiled = graphs()
                 before, own, after = patience.sample(bar.step, contender.step, bar.step)
+                found[id(contender)]["recompilations"] += graphs() - compiled
+                contender.restore()
                 bars += [before, after]
                 found[id(contender)]["ms"].append(own)
                 found[id(contender)]["bar_ms"].append((before + after) / 2)
             if not others:
                 bars += patience.sample(bar.step)
-    rows: list[dict[str, Any]] = [{"ms": bars, "bar_ms": bars}, *(found[id(c)] for c in others)]
+    rows: list[dict[str, Any]] = [{"ms": bars, "bar_ms": bars, "recompilations": 0}, *(found[id(c)] for c in others)]
     for row in rows:
-        row["ratios"] = [a / b for a, b in zip(row["ms"], row["bar_ms"], strict=True)]
-        row["ratio"] = spread(row["ratios"])
-        row["ms_median"] = statistics.median(row["ms"])
+        finish(row)
     return rows
+
+
+def finish(row: dict[str, Any]) -> None:
+    """Fill in what follows from the samples."""
+    row["ratios"] = [a / b for a, b in zip(row["ms"], row["bar_ms"], strict=True)]
+    row["ratio"] = spread(row["ratios"])
+    row["ms_median"] = statistics.median(row["ms"])
 
 
 def temporaries(model: nn.Module, contender: Contender) -> int:
@@ -150,34 +193,44 @@ def temporaries(model: nn.Module, contender: Contender) -> int:
 
 
 def refresh(bar: Contender, contender: Contender, period: int, count: int, patience: Patience) -> dict[str, Any]:
-    """What a refresh of all matrices in one step costs: refresh step, ordinary step and bar, `count` times."""
-    found: dict[str, list[float]] = {"refresh_ms": [], "bar_ms": [], "plain_ms": []}
+    """What a refresh of all matrices in one step costs: refresh step, ordinary step and bar, `count` times.
+
+    `refreshed`: whether the leaves noted one; False where the step number does not bring it about.
+    """
+    found: dict[str, Any] = {"refresh_ms": [], "bar_ms": [], "plain_ms": []}
+    counted = contender.refreshed()
     with no_collector():
-        periods = iter(range(1, 1 << 30))
+        periods = iter(range(1000, 1 << 30))  # later than any that was
 
         def begin() -> None:
             contender.jump(next(periods) * period)  # the next update begins a period
 
         for _ in range(count):
             steps = (contender.step, bar.step, contender.step)
-            for name, value in zip(found, patience.sample(*steps, prepare=begin), strict=True):
+            for name, value in zip(tuple(found), patience.sample(*steps, prepare=begin), strict=True):
                 found[name].append(value)
     extra = [(a - b) for a, b in zip(found["refresh_ms"], found["plain_ms"], strict=True)]
     amortised = [x / period / b for x, b in zip(extra, found["bar_ms"], strict=True)]
     spike = [a / b for a, b in zip(found["refresh_ms"], found["plain_ms"], strict=True)]
+    found["refreshed"] = counted is None or contender.refreshed() != counted
     return {**found, "extra_ms": spread(extra), "amortised_ratio": spread(amortised), "spike": spread(spike)}
 
 
-def staggered(bar: Contender, contender: Contender, period: int) -> dict[str, Any]:
-    """Every step of one period, with the bar between as a witness of the machine's own spikes."""
+def staggered(bar: Contender, contender: Contender, steps: int, timed: Clock = milliseconds) -> dict[str, Any]:
+    """Consecutive steps, a period of them if there is time, with the bar between as a witness of the machine's own spikes."""
     own, bars = [], []
     witness = Witness()
     with no_collector():
-        for _ in range(period):
-            own.append(milliseconds(contender.step))
-            bars.append(milliseconds(bar.step))
+        for _ in range(steps):
+            own.append(timed(contender.step))
+            bars.append(timed(bar.step))
     found = {"first_ms": contender.first_ms, "steps_ms": own, "bar_ms": bars, "disturbance": witness.disturbance()}
     return {**found, **_worst(own), "bar": _worst(bars)}
+
+
+def median_of(contender: Contender, count: int, timed: Clock) -> float:
+    """Milliseconds of an ordinary step, roughly."""
+    return statistics.median(timed(contender.step) for _ in range(count))
 
 
 def _worst(values: list[float]) -> dict[str, float]:
@@ -191,12 +244,27 @@ def _worst(values: list[float]) -> dict[str, float]:
     }
 
 
-def bandwidth(mebibytes: int = 256) -> dict[str, float]:
+def bandwidth(device: torch.device | None = None, mebibytes: int | None = None) -> dict[str, float]:
     """GB/s of a plain copy (8 bytes an element) and of an update in place (also 8), median of seven, this thread count."""
-    source = torch.ones(mebibytes << 18)
+    where = device or torch.device("cpu")
+    size = mebibytes or (1024 if where.type == "cuda" else 256)
+    source = torch.ones(size << 18, device=where)
     target = torch.zeros_like(source)
     found = {}
     for name, work in {"copy": lambda: target.copy_(source), "in_place": lambda: target.mul_(1.0)}.items():
         work()
-        found[name] = 8 * source.numel() / statistics.median(milliseconds(work) for _ in range(7)) / 1e6
+        found[name] = 8 * source.numel() / statistics.median(clock(where)(work) for _ in range(7)) / 1e6
     return found
+
+
+def products(m: int, n: int, r: int, dtype: torch.dtype, device: torch.device) -> float:
+    """GFLOP/s of the product that projects a gradient, [m, n] times [n, r], by the library that our own steps use."""
+    from tare.kernels import gemm
+
+    left, right = torch.ones(m, n, dtype=dtype, device=device), torch.ones(n, r, dtype=dtype, device=device)
+    out = torch.empty(m, r, dtype=dtype, device=device)
+    with gemm.fast_matmul():
+        work = lambda: torch.mm(left, right, out=out)  # noqa: E731
+        work()
+        taken = statistics.median(clock(device)(work) for _ in range(9))
+    return 2 * m * n * r / taken / 1e6

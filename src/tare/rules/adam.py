@@ -1,12 +1,13 @@
 """Adam (Kingma & Ba 2015, arXiv 1412.6980) with decoupled decay (Loshchilov & Hutter 2019, arXiv 1711.05101).
 
-Plain twin in `update`; `update_many` reaches torch's fused kernel, or the native 8-bit kernel.
+Plain twin in `update`; `update_many` reaches torch's fused kernel, or the native ones for 8-bit, 4-bit and 16-bit storage.
 """
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -14,9 +15,12 @@ from torch import Tensor
 from tare.core.checks import check_betas, check_number
 from tare.core.delta import Delta, Dense
 from tare.core.leaf import Leaf
+from tare.core.random import make_key
 from tare.core.state import State
+from tare.core.storage import LOW, Slot
 from tare.core.transform import StateSpec, Step, Transform, Work
-from tare.kernels import native
+from tare.kernels import calls, native, native16, native_fourbit
+from tare.kernels.triton import dispatch
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class Adam(Transform):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     eps_placement: Literal["before", "after"] = "after"
+
+    fuses: ClassVar[tuple[str, ...]] = ("stochastic", "split24")
 
     def __post_init__(self) -> None:
         check_betas(self.betas)
@@ -67,28 +73,35 @@ class Adam(Transform):
     @staticmethod
     def _small_fused(grad: Tensor, m: Tensor, v: Tensor) -> bool:
         same = grad.dtype == m.dtype == v.dtype and grad.dtype in (torch.float32, torch.float64)
-        return same and grad.is_contiguous() and m.is_contiguous() and v.is_contiguous() and grad.shape == m.shape
+        tracing = torch.compiler.is_compiling()  # the kernel's numbers would be constants: compiled at every step
+        dense = grad.is_contiguous() and m.is_contiguous() and v.is_contiguous() and grad.shape == m.shape
+        return same and dense and not tracing
 
     def _fused_direction(self, grad: Tensor, m: Tensor, v: Tensor, step: Step, spent: bool) -> Dense:
         """The fused kernel on a zero tensor in place of the parameter gives u = -U: the plain twin's numbers, one pass.
 
         Where the gradient is spent, it stands in the place of the parameter itself, and a decay of 1 makes it zero.
         """
-        c = self.factors(step)[2]
+        b1, b2, c, eps = self.factors(step)
         u = grad if spent else torch.zeros_like(grad)
+        if dispatch.wants(grad) and native16.adamw16_(
+            u, grad, m, v, alpha=1.0, decay=0.0, beta1=b1, beta2=b2, eps=eps
+        ):  # on a GPU: one launch, and no tensor for the count of steps
+            return Dense(u, scale=-c, correction=c)
         self._fused([u], [grad], [m], [v], step, lr=1.0, weight_decay=1.0 if spent else 0.0, maximize=False)
         return Dense(u, scale=-1.0, correction=c)
 
     def _native_direction(self, grad: Tensor, state: State, step: Step, spent: bool) -> Dense | None:
-        """The same with 8-bit moments, by the native kernel, without decoding them whole; None where it cannot."""
+        """The same with 8-bit or 4-bit moments, by the native kernel, without decoding them whole; None where it cannot."""
         slots, raw = state.slots, state.raw
-        if state.window is not None or slots["exp_avg"].form != "int8" or slots["exp_avg_sq"].form != "int8":
+        fused = _quantised(slots)
+        if state.window is not None or fused is None:
             return None
-        if grad.dtype != torch.float32 or not grad.is_contiguous() or not native.available():
+        if grad.dtype != torch.float32 or not grad.is_contiguous() or not calls.ready(grad):
             return None
         b1, b2, c, eps = self.factors(step)
         u = grad if spent else torch.zeros_like(grad)
-        done = native.adamw8bit_(
+        done = fused(
             u, grad, raw["exp_avg_codes"], raw["exp_avg_absmax"], raw["exp_avg_sq_codes"], raw["exp_avg_sq_absmax"],
             alpha=1.0, decay=0.0, beta1=b1, beta2=b2, eps=eps, block=slots["exp_avg"].block,
         )  # fmt: skip
@@ -117,13 +130,14 @@ class Adam(Transform):
 
     def update_many(self, batch: list[Work]) -> list[Work]:
         rest: list[Work] = []
-        fused: dict[tuple[int, float, float, tuple[float, float]], list[Work]] = defaultdict(list)
+        fused: dict[tuple[object, ...], list[Work]] = defaultdict(list)
         for work in batch:
             m, v = work.state.slots["exp_avg"], work.state.slots["exp_avg_sq"]
             if m.form == v.form == "plain" and self._takes(work):
                 betas = work.step.betas(self.betas)
-                fused[work.step.count, work.step.lr, work.weight_decay, betas].append(work)
-            elif not (m.form == v.form == "int8" and self._native(work)):
+                place = (work.weight.device, work.weight.dtype)  # one launch takes one of each
+                fused[work.step.count, work.step.lr, work.weight_decay, betas, place].append(work)
+            elif not (self._sixteen(work) or self._native(work)):
                 rest.append(work)
         for works in fused.values():
             first = works[0]
@@ -147,13 +161,35 @@ class Adam(Transform):
             and work.shrink > 0.0
         )
 
+    def _sixteen(self, work: Work) -> bool:
+        """bf16 weights, split ones too, or bf16 moments: one pass by the native kernel; False where it cannot."""
+        state = work.state
+        m, v = state.slots["exp_avg"], state.slots["exp_avg_sq"]
+        rounded = m.form == v.form == "bf16"
+        if not rounded and not (m.form == v.form == "plain" and m.dtype == v.dtype == torch.float32):
+            return False  # quantised, or the bf16 arithmetic of `bf16_legacy`
+        b1, b2, c, eps = self.factors(work.step)
+        return native16.adamw16_(
+            work.weight, work.grad, state.raw["exp_avg"], state.raw["exp_avg_sq"], state.raw.get(LOW),
+            alpha=work.gain * c, decay=work.shrink, beta1=b1, beta2=b2, eps=eps, ascend=work.maximize, key=work.noise,
+            keys=(make_key(state.key, "exp_avg"), make_key(state.key, "exp_avg_sq")) if rounded else None,
+        )  # fmt: skip
+
     def _native(self, work: Work) -> bool:
         b1, b2, c, eps = self.factors(work.step)
-        raw = work.state.raw
-        if work.maximize:
+        raw, fused = work.state.raw, _quantised(work.state.slots)
+        if work.maximize or fused is None or LOW in raw:
             return False
-        return native.adamw8bit_(
+        return fused(
             work.weight, work.grad, raw["exp_avg_codes"], raw["exp_avg_absmax"], raw["exp_avg_sq_codes"],
             raw["exp_avg_sq_absmax"], alpha=work.gain * c, decay=work.shrink, beta1=b1, beta2=b2, eps=eps,
             block=work.state.slots["exp_avg"].block, key=work.noise,
         )  # fmt: skip
+
+
+def _quantised(slots: dict[str, Slot]) -> Callable[..., bool] | None:
+    """The native kernel for moments kept in this form, or None."""
+    m, v = slots["exp_avg"], slots["exp_avg_sq"]
+    if m.form != v.form or m.block != v.block:
+        return None
+    return {"int8": native.adamw8bit_, "int4": native_fourbit.adamw4bit_}.get(m.form)

@@ -9,14 +9,18 @@ from tare.core.delta import Delta, Dense
 from tare.core.leaf import Leaf
 from tare.core.state import State
 from tare.core.transform import StateSpec, Step, Transform, Work
-from tare.kernels import native
+from tare.kernels import native, native_fourbit
 
 
 @dataclass(frozen=True)
 class Lion(Transform):
-    """U = sign(b1 m + (1-b1) g); then m = b2 m + (1-b2) g. b1 reads out, b2 averages: they do not swap."""
+    """U = sign(b1 m + (1-b1) g); then m = b2 m + (1-b2) g. b1 reads out, b2 averages: they do not swap.
+
+    sign: False leaves the interpolation as it is, for methods that take the sign elsewhere (after lifting it, say).
+    """
 
     betas: tuple[float, float] = (0.9, 0.99)
+    sign: bool = True
 
     def __post_init__(self) -> None:
         check_betas(self.betas)
@@ -29,7 +33,8 @@ class Lion(Transform):
         m = state["exp_avg"]
         g = grad.to(m.dtype).view_as(m)
         x = (m * b1).add_(g, alpha=1.0 - b1)
-        u = x.sign().addcmul_(x, x.new_zeros(()))  # sign(NaN) is 0 in torch: a NaN would freeze its weight unseen
+        # sign(NaN) is 0 in torch: a NaN would freeze its weight unseen.
+        u = x.sign().addcmul_(x, x.new_zeros(())) if self.sign else x
         m.mul_(b2).add_(g, alpha=1.0 - b2)
         return Dense(u)
 
@@ -38,10 +43,11 @@ class Lion(Transform):
 
     def _native(self, work: Work) -> bool:
         slot = work.state.slots["exp_avg"]
-        if slot.form != "int8" or work.maximize:
+        if slot.form not in ("int8", "int4") or work.maximize or not self.sign:
             return False
         b1, b2 = work.step.betas(self.betas)
-        return native.lion8bit_(
+        fused = native.lion8bit_ if slot.form == "int8" else native_fourbit.lion4bit_
+        return fused(
             work.weight, work.grad, work.state.raw["exp_avg_codes"], work.state.raw["exp_avg_absmax"],
             alpha=work.gain, decay=work.shrink, beta1=b1, beta2=b2, block=slot.block, key=work.noise,
         )  # fmt: skip

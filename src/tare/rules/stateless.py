@@ -1,7 +1,8 @@
-"""Rules without state: the gradient itself, or a map of it (sign, normalisation, whitening), times a constant."""
+"""Rules without state: the gradient itself, or a map of it (sign, normalisation, whitening: signSGD, SinkGD, SWAN), times a constant."""
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from tare.core.checks import check_number
@@ -9,12 +10,16 @@ from tare.core.delta import Delta, Dense
 from tare.core.leaf import Leaf
 from tare.core.state import State
 from tare.core.transform import Sharding, StateSpec, Step, Transform
+from tare.rules.matrices import as_matrix
 from tare.rules.postmap import PostMap
 
 
 @dataclass(frozen=True)
 class Stateless(Transform):
-    """U = scale * map(g). map: None is plain SGD, `Sign()` is signSGD. scale: multiplies lr."""
+    """U = scale * map(G), G as the matrix of its leaf (experts: each its own). map: None is plain SGD. scale: multiplies lr.
+
+    The gradient must be that of the whole batch: nothing averages it afterwards.
+    """
 
     map: PostMap | None = None
     scale: float = 1.0
@@ -26,15 +31,20 @@ class Stateless(Transform):
     def sharding(self) -> Sharding:  # type: ignore[override]
         return "elementwise" if self.map is None else self.map.sharding
 
+    @property
+    def workspace(self) -> float:  # type: ignore[override]
+        return 1.0 if self.map is None else self.map.workspace
+
     def spec(self, leaf: Leaf) -> dict[str, StateSpec]:
         return {}
 
     def update(self, grad: Tensor, state: State, step: Step, compressed: Tensor | None = None) -> Delta:
-        g = grad if grad.dtype == step.leaf.compute_dtype else grad.to(step.leaf.compute_dtype)
+        g = as_matrix(grad, step.leaf)
+        g = g.to(torch.promote_types(g.dtype, step.leaf.compute_dtype))
         if self.map is None:
-            return Dense(g, self.scale)
-        whole = g.shape == step.leaf.shape and step.leaf.matrix is not None  # not a chunk of an element-wise rule
-        return Dense(self.map(g.reshape(step.leaf.view) if whole else g), self.scale)
+            return Dense(g.reshape(grad.shape), self.scale)
+        u = self.map(g) if g.dtype == grad.dtype else self.map.consume(g)
+        return Dense(u.reshape(grad.shape), scale=self.scale)
 
     def describe(self) -> str:
         return "sgd" if self.map is None else self.map.describe()

@@ -1,19 +1,19 @@
 """Invariants: what holds for any registered method. A method is checked by being in the registry; no code is written for it.
 
 >>> sorted(INVARIANTS)[:2]
-['a_bad_neighbour_changes_nothing', 'added_later']
+['a_bad_neighbour_changes_nothing', 'a_bad_norm_moves_nothing']
 """
 
 from collections.abc import Callable
 
-from tare.testing import costs, descent, faults, inputs, objects, quiet, repeat, resume, shapes
+from tare.testing import clipping, costs, descent, faults, inputs, objects, quiet, repeat, resume, shapes, turns, weights
 from tare.testing.subject import Subject
 
 Check = Callable[[Subject], None]
 
 INVARIANTS: dict[str, Check] = {
     check.__name__: check
-    for module in (inputs, descent, quiet, shapes, objects, resume, repeat, faults, costs)
+    for module in (inputs, descent, quiet, shapes, objects, resume, repeat, faults, costs, clipping, weights, turns)
     for check in module.CHECKS
 }
 

@@ -10,6 +10,8 @@ STEPS = 2 * PERIOD + 1
 
 def groups_equal_separate_optimizers(subject: Subject) -> None:
     """One optimizer with a group for each leaf equals an optimizer for each leaf, named or not, bit for bit."""
+    if subject.coupled:
+        return
     for form, storage in FORMS.items():
         for with_names in (True, False):
             names = None if form == "fp32" else FEW

@@ -30,11 +30,13 @@ SHAPES: dict[str, tuple[int, ...]] = {
 }  # fmt: skip
 FEW = ("tall.weight", "wide.weight", "square.weight", "conv.weight", "norm.weight", "gain")
 
-# Every form a moment is kept in; small blocks and no lower bound, so that small leaves are really quantised.
+# Every form a moment is kept in, 4-bit bases with 4-bit moments; small blocks and no lower bound, so that small leaves are
+# really quantised.
 FORMS: dict[str, Storage] = {
     "fp32": Storage(),
     "bf16": Storage("bf16", "bf16"),
     "int8": Storage("int8", block=64, min_quantized=1),
+    "int4": Storage("int4", "int4", block=64, min_quantized=1, group=64),
     "bf16_legacy": Storage("bf16_legacy"),
 }
 
@@ -55,10 +57,18 @@ class Subject:
             small["rank"] = min(2, self.options["rank"])
         if "period" in self.options:
             small["period"] = PERIOD
-        return {**small, **own}
+        for ratio in ("adam_ratio", "matrix_ratio"):  # rates of some leaves over lr: alike, so that LR is everyone's
+            if ratio in self.options:
+                small[ratio] = 1.0
+        return {**small, **registry.card(self.key).every_leaf, **own}
 
     def build(self, params: Any, lr: float | Tensor = LR, **own: Any) -> Optimizer:
         return registry.build(self.key, params, lr, **self.hyper(**own))  # type: ignore[arg-type]
+
+    @property
+    def coupled(self) -> bool:
+        """Whether a leaf steps otherwise in company: what compares the two is then passed over."""
+        return registry.card(self.key).coupled
 
     @property
     def refreshes(self) -> bool:

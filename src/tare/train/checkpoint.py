@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tare.core.errors import CheckpointError
+from tare.core.weights import plain_parts
 from tare.train import integrity
 
 WEIGHTS, TENSORS, OPTIMIZER, TRAINER = "weights.safetensors", "optimizer.safetensors", "optimizer.json", "trainer.json"
@@ -201,10 +202,11 @@ def unflatten(plain: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and saved buffer of a model by name, tied ones once."""
+    """Every parameter and saved buffer of a model by name, tied ones once; of an int8 weight its codes and scales."""
     saved = set(model.state_dict(keep_vars=True))
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
-    return {name: tensor.detach() for name, tensor in [*model.named_parameters(), *buffers.items()]}
+    named = [*model.named_parameters(), *buffers.items()]
+    return {part: inner.detach() for name, tensor in named for part, inner in plain_parts(name, tensor).items()}
 
 
 def restore_weights(model: nn.Module, snapshot: Snapshot) -> None:

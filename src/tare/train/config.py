@@ -70,6 +70,9 @@ class TrainConfig(Section):
     warmup: float = setting(0.1, "warm-up: a share of the steps (< 1) or a number of steps", low=0)
     final_lr_ratio: float = setting(0.1, "the cosine ends at this share of the peak", low=0, high=1)
     clip: float | None = setting(1.0, "limit of the gradient norm; none = off, as it is with release", above=0)
+    clip_mode: Literal["exact", "previous", "two-pass"] = setting(
+        "exact", "with release: two-pass (exact, every backward twice) or previous (norm of the step before)"
+    )
     precision: Precision = setting("fp32", "bf16 holds the weights in bf16 too")  # noqa: RUF009
     max_bad_steps: int = setting(10, "non-finite steps in a row before the run stops", low=1)
 

@@ -186,7 +186,8 @@ def build(*sources: Iterable[Given]) -> RunConfig:
             title, name, *key = item.path.split(".", 2)
             value = {**merged.get(f"{title}.{name}", {}), key[0]: item.value} if key else item.value
             merged[f"{title}.{name}"] = check(SECTIONS[title], name, value, item.where)
-    if merged.get("method.release") and "train.clip" not in merged:
+    released = merged.get("method.release") and merged.get("train.clip_mode", "exact") == "exact"
+    if released and "train.clip" not in merged:
         merged["train.clip"] = None  # the gradients are gone before their common norm could be known
     parts: dict[str, dict[str, Any]] = {title: {} for title in SECTIONS}
     for path, value in merged.items():

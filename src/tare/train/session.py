@@ -14,6 +14,7 @@ from torch import nn
 
 from tare.core.errors import CheckpointError, InputError
 from tare.core.optimizer import Optimizer
+from tare.core.weights import dense_state_dict, is_quantized, quantize_weights_
 from tare.kernels import gemm
 from tare.methods import registry
 from tare.plan.models import build_model, enable_checkpointing
@@ -53,6 +54,7 @@ def build(config: RunConfig, predicted: dict[str, int], progress: Callable[[str]
     device = device_of(config.run.device)
     model = build_model(config.model.name, dtype=weights_dtype(config), seed=config.run.seed, device=device)
     check_model(model, config)
+    quantize(model, config)
     if config.model.checkpointing:
         enable_checkpointing(model)
     model.train()
@@ -68,13 +70,15 @@ def build(config: RunConfig, predicted: dict[str, int], progress: Callable[[str]
 def resolve(config: RunConfig) -> RunConfig:
     """The configuration with nothing left open: the planner's method for `auto`, the method's preset, the thread count.
 
-    Raises `InputError` for an unknown method or option, a rank given to a method without one, or clipping with release.
+    Raises `InputError` for an unknown method or option, a rank given to a method without one, or clipping with release that does not
+    say how.
     """
     method, train = config.method, config.train
-    if method.release and train.clip is not None:
+    if method.release and train.clip is not None and train.clip_mode == "exact":
         raise InputError(
-            "train.clip: method.release frees each gradient inside backward, so there is no global norm to clip by; "
-            "set train.clip to none, or method.release to false"
+            "train.clip: method.release frees each gradient inside backward, before the norm of all is known; set "
+            "train.clip_mode to two-pass (exact, every backward twice) or previous (norm of the step before), or "
+            "set train.clip to none"
         )
     if method.key == "auto":
         method = replace(method, key=choose(config))
@@ -107,11 +111,20 @@ def weights_dtype(config: RunConfig) -> Literal["fp32", "bf16"]:
 
 def build_optimizer(config: RunConfig, model: nn.Module) -> Optimizer:
     """The method of a configuration on a model. Raises `InputError` for options that do not go together."""
-    optimizer = choice_of(config).build(model, seed=config.run.seed)
-    if config.train.accumulate > 1:
+    optimizer, train = choice_of(config).build(model, seed=config.run.seed), config.train
+    if config.method.release:
+        mode = "previous" if train.clip_mode == "exact" else train.clip_mode  # "exact" only without a limit
+        optimizer.clip_release(train.clip, mode, strict=True)
+    if train.accumulate > 1:
         with optimizer.accumulating():  # says now, not in backward, whether it can
             pass
     return optimizer
+
+
+def quantize(model: nn.Module, config: RunConfig) -> None:
+    """Make the linear weights int8 where the storage of the method says so; before the optimizer is built."""
+    if choice_of(config).storage.weight == "int8":
+        quantize_weights_(model)
 
 
 def check_model(model: nn.Module, config: RunConfig) -> None:
@@ -172,6 +185,7 @@ def plan_of(config: RunConfig, methods: list[str] | None) -> "Plan":
         checkpointing=config.model.checkpointing,
         release=method.release,
         accumulate=train.accumulate,
+        clip_mode=train.clip_mode if train.clip is not None else "exact",
         dtype=weights_dtype(config),
         precision=train.precision,
         storage=method.storage or None,
@@ -233,7 +247,7 @@ def save_model(session: Session, folder: Path) -> None:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # a bar per shard would break into our own line
     try:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=dense_state_dict(model) if is_quantized(model) else None)
         tokenizer.save_pretrained(folder)
     finally:
         if shown:

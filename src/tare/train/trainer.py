@@ -27,7 +27,7 @@ from tare.train.schedule import set_lr
 from tare.train.seeds import arithmetic, random_state
 from tare.train.session import Session
 from tare.train.signals import StopSignals
-from tare.train.step import Outcome, finite, guarded, take_step
+from tare.train.step import Outcome, finite, take_step
 
 METERED = 2  # the first steps are measured: step 0 computes bases, step 1 is an ordinary one
 
@@ -74,7 +74,7 @@ class Trainer:
         self.log = Metrics(self.folder.metrics, self.config.run.tensorboard, self.now.step)
         started, before = time.monotonic(), self.now.seconds
         try:
-            with StopSignals() as signals, guarded(self.job):
+            with StopSignals() as signals:
                 while True:
                     self.now.seconds = before + time.monotonic() - started
                     if (
@@ -123,8 +123,9 @@ class Trainer:
             return
         now.streak = 0
         self.log.write(
-            "step", now.step, loss=outcome.loss, lr=lr, grad_norm=outcome.grad_norm, tokens=now.tokens, seconds=taken
-        )
+            "step", now.step, loss=outcome.loss, lr=lr, grad_norm=outcome.grad_norm, clip_factor=outcome.clip_factor,
+            tokens=now.tokens, seconds=taken,
+        )  # fmt: skip
         rate = now.tokens_per_second or count * self.config.data.seq / taken
         todo = (self.steps - now.step) * count * self.config.data.seq
         left = todo / now.tokens_per_second if now.timed_tokens else None
