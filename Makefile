@@ -17,7 +17,7 @@ demo: $(VENV)/ready
 	$(BIN)/tare compare --methods adamw,galore,apollo-mini --model llama-3m --batch 8 --budget 512MiB --out runs/demo $(DEMO)
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 slow: $(VENV)/ready
 	$(BIN)/python -m pytest -m slow

@@ -19,7 +19,7 @@ DATA = "train --model {tiny} --steps 2 --batch 2 --seq 32 --out {out} --data"
 MODEL = "train --data {text} --steps 2 --batch 2 --seq 32 --out {out} --model"
 FREE = "train --model {tiny} --data {text} --steps 2 --out {out}"
 PLACE = "train --model {tiny} --data {text} --steps 2 --batch 2 --seq 32 --out"
-EVERY = "adamw, adamw-8bit, apollo"
+EVERY = ", ".join(registry.keys())
 
 TABLE: list[tuple[str, int, str]] = [
     # command

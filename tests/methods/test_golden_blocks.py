@@ -4,7 +4,6 @@ from typing import Any
 
 import golden_cases
 import pytest
-import torch
 from torch import Tensor, nn
 
 from tare.core.optimizer import Optimizer

@@ -13,7 +13,7 @@ from tare.plan.models import build_model, enable_checkpointing
 
 
 def measured_peak(plan: Any, key: str) -> int:
-    """Two real steps, the first of which computes the bases."""
+    """Two real steps, the first of which computes the bases; where blocks of leaves take turns, two of every turn of a round."""
     s = plan.settings
     model = build_model(s.name, dtype=s.dtype).train()
     if s.checkpointing:
@@ -22,7 +22,8 @@ def measured_peak(plan: Any, key: str) -> int:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 1000, (s.batch, s.seq), generator=generator)
     peaks = []
-    for _ in range(2):
+    turns = len(optimizer._turns.wheels[0].blocks(optimizer._turns.wheels[0].block)) if optimizer._turns else 1
+    for _ in range(2 * max(1, turns)):
         with StepMeter(model, optimizer, extra=[tokens]) as meter:
             for number in range(s.accumulate):
                 del number
@@ -48,9 +49,22 @@ SETTINGS = [
 @pytest.mark.parametrize("key", registry.keys())
 @pytest.mark.parametrize("settings", SETTINGS, ids=[" ".join(s) or "plain" for s in SETTINGS])
 def test_tiny(key: str, settings: dict) -> None:
-    plan = tare.plan("llama-tiny", batch=4, seq=128, methods=[key], **settings)
+    short = {"period": 2} if registry.card(key).every_leaf else {}
+    plan = tare.plan("llama-tiny", batch=4, seq=128, methods=[key], hyper=short, **settings)
     measured_peak(plan, key)  # tables and probes that are made once
     assert plan.row(key).peak == pytest.approx(measured_peak(plan, key), rel=0.05)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=[" ".join(s) or "plain" for s in SETTINGS])
+def test_only_the_layer_that_is_on(settings: dict) -> None:
+    """BAdam without leaves that are always on: gradients of one layer, and activations from it to the output."""
+    own = {"active_modules": (), "period": 2}
+    plan = tare.plan("llama-tiny", batch=4, seq=128, methods=["badam"], hyper=own, **settings)
+    measured_peak(plan, "badam")
+    assert plan.row("badam").peak == pytest.approx(measured_peak(plan, "badam"), rel=0.05)
+    whole = tare.plan("llama-tiny", batch=4, seq=128, methods=["adamw"], **settings).row("adamw")
+    assert plan.row("badam").peak < whole.peak
+    assert plan.row("badam").gradients <= whole.gradients / 3
 
 
 @pytest.mark.parametrize("key", ["adamw", "galore", "apollo-mini"])

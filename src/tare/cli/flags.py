@@ -44,7 +44,17 @@ FLAGS: dict[str, str] = {
 }
 GROUPS = {
     "model and data": ("--model", "--tokenizer", "--data", "--eval-data", "--seq", "--batch", "--accumulate"),
-    "method": ("--method", "--lr", "--rank", "--weight-decay", "--warmup", "--schedule", "--clip", "--clip-mode", "--steps"),
+    "method": (
+        "--method",
+        "--lr",
+        "--rank",
+        "--weight-decay",
+        "--warmup",
+        "--schedule",
+        "--clip",
+        "--clip-mode",
+        "--steps",
+    ),
     "memory": ("--budget", "--precision", "--checkpointing", "--release"),
     "run": ("--out", "--resume", "--checkpoint-every", "--eval-every", "--seed", "--device", "--threads"),
 }

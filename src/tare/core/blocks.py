@@ -17,7 +17,6 @@ from tare.core.orders import Order
 ALWAYS = "always"  # in place of a block's name: on at every turn
 
 
-
 class Blocks:
     """How leaves form blocks."""
 
@@ -66,7 +65,9 @@ class Layers(Blocks):
         return [ALWAYS if self._stays(leaf) else self._block(leaf, numbered) for leaf in leaves]
 
     def unused(self, leaves: Sequence[Leaf]) -> list[str]:
-        """Parts in `always` that no name has."""
+        """Parts in `always` that no name has; none where there are no layers, hence no names to speak of."""
+        if not any(_layer(leaf.name) for leaf in leaves):
+            return []
         return [part for part in self.always if not any(_holds(part, leaf.name) for leaf in leaves)]
 
     def _stays(self, leaf: Leaf) -> bool:

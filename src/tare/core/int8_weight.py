@@ -69,7 +69,9 @@ class Int8Weight(Tensor):
             codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
             scale, zero = (torch.empty(-(-x.numel() // group), device=x.device, dtype=torch.float32) for _ in range(2))
         else:
-            codes, scale, zero = groupwise.encode_affine(x.detach().contiguous(), 8, group, symmetric=form == "symmetric", clamp_zero=form == "clamped")
+            codes, scale, zero = groupwise.encode_affine(
+                x.detach().contiguous(), 8, group, symmetric=form == "symmetric", clamp_zero=form == "clamped"
+            )
         return cls(codes, scale, None if form == "symmetric" else zero, group, form, x.dtype)
 
     # -- numbers ---------------------------------------------------------------------------------------------------
@@ -87,7 +89,14 @@ class Int8Weight(Tensor):
         """
         stop = start + x.numel()
         codes, scale, zero = groupwise.encode_affine(
-            x, 8, self.group, symmetric=self.form == "symmetric", clamp_zero=self.form == "clamped", key=key, start=start, uniform=uniform
+            x,
+            8,
+            self.group,
+            symmetric=self.form == "symmetric",
+            clamp_zero=self.form == "clamped",
+            key=key,
+            start=start,
+            uniform=uniform,
         )
         self.codes.view(-1)[start:stop].copy_(codes)
         own_scale, own_zero = self._groups(start, stop)

@@ -129,7 +129,8 @@ class Master:
 
     def read(self, start: int, stop: int) -> Tensor:
         weight, master = self.weight.reshape(-1)[start:stop], self.master.view(-1)[start:stop]
-        return torch.where(master.to(weight.dtype) == weight, master, weight)
+        exact = weight.float()
+        return torch.where(master.to(weight.dtype) == weight, master, exact, out=exact)
 
     def write(self, start: int, update: Tensor, decay: float, alpha: float) -> None:
         stop = start + update.numel()

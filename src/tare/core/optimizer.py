@@ -352,7 +352,7 @@ class Optimizer(Releasing, torch.optim.Optimizer):
         return Work(weight, grad, state, step, decay, entry.decay, group["maximize"], compressed, noise, kept)
 
     def _step_of(self, p: Tensor, entry: Entry, group: dict[str, Any], count: int) -> Step:
-        lr, seed = float(group["lr"]), int(group["seed"])
+        lr, seed = float(group["lr"]) * entry.transform.rate, int(group["seed"])
         return Step(lr, count, entry.leaf, p, entry.key, seed, entry.phase, group)
 
     # -- release ---------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from tare.core.errors import InputError
 from tare.core.random import make_key
 from tare.core.transform import StateSpec
 
+
 @dataclass(frozen=True)
 class Turn:
     """What an order is told. names: of the N blocks, in the model's order. count: how many are to be on. number: of the turn,
@@ -122,7 +123,9 @@ class Fixed(Order):
     def select(self, turn: Turn) -> list[int]:
         chosen = self.blocks or tuple(range(turn.count))
         if any(not 0 <= block < len(turn.names) for block in chosen):
-            raise InputError(f"order: there are {len(turn.names)} blocks, counted from 0; {chosen} are not all among them")
+            raise InputError(
+                f"order: there are {len(turn.names)} blocks, counted from 0; {chosen} are not all among them"
+            )
         return list(chosen)
 
     def selections(self, names: tuple[str, ...], count: int) -> list[list[int]]:

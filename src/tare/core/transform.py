@@ -124,6 +124,7 @@ class Transform:
     """
 
     sharding: ClassVar[Sharding] = "elementwise"
+    rate: float = 1.0  # its own multiple of the group's learning rate
     fuses: ClassVar[tuple[str, ...]] = (
         "stochastic",
     )  # forms of weights, plain ones apart, that `update_many` can write

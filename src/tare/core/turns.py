@@ -55,7 +55,7 @@ class Wheel:
 
     def is_on(self, p: Tensor, on: Iterable[str] | None = None) -> bool:
         name = self.block[p]
-        return name == ALWAYS or name in (self.on if on is None else on)
+        return name is not None and (name == ALWAYS or name in (self.on if on is None else on))
 
 
 class Turns:
@@ -177,7 +177,8 @@ class Turns:
             entry.key = self._key(wheel, p)
             if p in state:
                 old = state.pop(p)
-                lasting = {LOW, *wheel.rotation.order.spec()}  # a part of the weight itself, and what is known of its gradient
+                # A part of the weight itself, and what is known of its gradient.
+                lasting = {LOW, *wheel.rotation.order.spec()}
                 if not self._rotating(entry).turn(False).rests:
                     lasting.add(MASTER)
                 carried[p] = {name: old[name] for name in lasting if name in old and name in entry.slots}
@@ -261,7 +262,11 @@ class Turns:
         """Take up the turn of a loaded state: which blocks are on is what their leaves' states say."""
         self._moved = False
         for wheel in self.wheels:
-            on = [n for n, leaves in wheel.blocks(wheel.block).items() if any(loaded.get(p, {}).get(ACTIVE) for p in leaves)]
+            on = [
+                n
+                for n, leaves in wheel.blocks(wheel.block).items()
+                if any(loaded.get(p, {}).get(ACTIVE) for p in leaves)
+            ]
             if not on and not any(p in loaded for p in wheel.block):
                 continue
             wheel.on, wheel.number = tuple(on), wheel.rotation.number(self.updates)

@@ -1,6 +1,7 @@
 """Weights of whole models: made int8 and back, and as plain tensors for files, whatever form each is kept in."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,3 +99,24 @@ def weight_bytes(model: nn.Module) -> int:
 def is_quantized(model: nn.Module) -> bool:
     """Whether any parameter is int8."""
     return any(isinstance(p, Int8Weight) for p in model.parameters())
+
+
+def holds_int8(params: Any) -> tuple[Any, bool]:
+    """Whether what an optimizer is given (module, tensors, named tensors, groups) has int8 weights; and `params`, unspent."""
+    if isinstance(params, nn.Module):
+        return params, is_quantized(params)
+    if isinstance(params, Tensor) or not isinstance(params, Iterable) or isinstance(params, set):
+        return params, False  # refused by the optimizer itself
+    items = list(params)
+    found = False
+    for number, item in enumerate(items):
+        inner = item.get("params", ()) if isinstance(item, dict) else (item,)
+        if isinstance(item, dict) and not isinstance(inner, nn.Module | Tensor | set):
+            inner = list(inner)
+            items[number] = {**item, "params": inner}
+        if isinstance(inner, nn.Module):
+            found = found or is_quantized(inner)
+            continue
+        inner = (inner,) if isinstance(inner, Tensor) else inner
+        found = found or any(isinstance(x[1] if isinstance(x, tuple) else x, Int8Weight) for x in inner)
+    return items, found

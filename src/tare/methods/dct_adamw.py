@@ -54,6 +54,9 @@ CARD = Card(
         "The code's 4-bit feedback is scrambled and its 8-bit feedback uses 15 levels; here both round-trip.",
         "`matmul` and `makhoul` are two different bases (D and its transpose), as in the code; any number of sizes may be "
         "shared, the code hard-wires one.",
+        "Bias correction and calendar count a tensor's own updates; the code has one count for all, which differs where "
+        "gradients are missing at some steps.",
+        "A refresh on a zero gradient keeps the columns and is tried again; the code takes whichever a tie of zeros gives.",
         "norm: the code scores by L1; norm=2 minimises the projection error, as the theorem has it.",
         "The code projects every 2-D parameter with sides below 32,000 (a small vocabulary too); here linear weights.",
     ),

@@ -44,7 +44,8 @@ CARD = Card(
     differences=(
         "The code subtracts alpha P R from G, the paper P R; form='code' is the default, form='paper' follows Algorithm "
         "1 (alpha on both parts, limiter after bias correction). They agree at alpha = 1 but for the bias correction.",
-        "A zero gradient freezes the published limiter; here it is skipped (limiter_zero='legacy' reproduces it).",
+        "A zero gradient freezes the published limiter; here it is skipped (limiter_zero='legacy' reproduces it). At a "
+        "refresh it also keeps the old basis (basis='svd-legacy': the code's unit vectors).",
     ),
     auto_rank=40,
     release="yes",

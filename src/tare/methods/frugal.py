@@ -1,16 +1,18 @@
 """FRUGAL: Adam on a rotating share of the linear weights, signSGD on the rest, at the same learning rate."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor
 
 from tare.core.checks import check_choice, check_number
+from tare.core.delta import Delta
 from tare.core.errors import InputError
 from tare.core.orders import Order
 from tare.core.recipe import Match, Recipe
+from tare.core.state import State
 from tare.core.storage import Storage
-from tare.core.transform import Transform
+from tare.core.transform import Step, Transform
 from tare.methods.base import TARGETS, Method
 from tare.methods.registry import Card, register
 from tare.rules.adam import Adam
@@ -65,13 +67,30 @@ CARD = Card(
         "`randk` keeps one int32 an entry, the code two int64 (more than the moments it saves); storage basis='seed' "
         "keeps none.",
         "`top-columns`, `top-rows` and order='greedy' choose by size instead of at random (Gauss-Southwell).",
-        "A tensor without a gradient at a refresh is passed over; the code fails.",
+        "A tensor without a gradient at a refresh is passed over; the code fails, and its calendar is that of the first "
+        "tensor of a group, ours each tensor's own.",
+        "`svd` on a zero gradient keeps basis and moments and tries again at the next update; the code decomposes the zeros "
+        "and resets (basis='svd-legacy').",
+        "`sgdm` starts its buffer from zero after a selection; the code from the gradient (momentum_start='gradient'), and "
+        "in blocks and dense tensors from the weight, which is not offered.",
+        "A density that rounds to no line gets one; the code gives none.",
     ),
     auto_rank=65,
     release="yes",
     every_leaf={"selection": "columns"},
     state="8 density m n, + 4 for each chosen row, column or entry, or the basis",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PrimedMomentum(Momentum):
+    """Momentum whose buffer is the first gradient before that is added: b_1 = (1 + momentum) g_1, as FRUGAL's code has it."""
+
+    def update(self, grad: Tensor, state: State, step: Step, compressed: Tensor | None = None) -> Delta:
+        if self.momentum and step.count == 1:
+            buffer = state["momentum_buffer"]
+            buffer.copy_(grad.view_as(buffer))
+        return super().update(grad, state, step, compressed)
 
 
 def inner_rule(inner: str, betas: tuple[float, float], eps: float, momentum: float) -> Transform:
@@ -88,7 +107,7 @@ def selection_basis(selection: str, density: float, basis: str | Basis | None) -
         "columns": CoordinateBasis(density, "columns"), "rows": CoordinateBasis(density, "rows"),
         "top-columns": CoordinateBasis(density, "columns", "greedy"),
         "top-rows": CoordinateBasis(density, "rows", "greedy"),
-        "randperm": CoordinateBasis(density, "side"), "randk": EntryBasis(density), "svd": SVDBasis(density),
+        "randperm": CoordinateBasis(density, "side", nearest=True), "randk": EntryBasis(density), "svd": SVDBasis(density),
         "random": OrthonormalBasis(density),
     }  # fmt: skip
     return instead(basis, named[selection])
@@ -96,11 +115,12 @@ def selection_basis(selection: str, density: float, basis: str | Basis | None) -
 
 def frugal_recipe(
     density: float, period: int, selection: str, order: str | Order, inner: str, outside: str, outside_scale: float, scale: float,
-    side: str, basis: str | Basis | None, betas: tuple[float, float], eps: float, momentum: float, transfer: str, stagger: bool,
-    targets: Match,
+    side: str, basis: str | Basis | None, betas: tuple[float, float], eps: float, momentum: float, momentum_start: str,
+    transfer: str, stagger: bool, targets: Match,
 ) -> Recipe:  # fmt: skip
     check_choice("selection", selection, SELECTIONS)
     check_choice("outside", outside, ("sign", "sgd", "none"))
+    check_choice("momentum_start", momentum_start, ("zero", "gradient"))
     if check_number("density", density, 0.0, inclusive=True) > 1.0:
         raise InputError(f"density: {density!r} is more than everything; a share in [0, 1] is expected")
     rule, blocks = inner_rule(inner, betas, eps, momentum), make_order(order)
@@ -112,11 +132,12 @@ def frugal_recipe(
     if density == 0.0:
         low = idle
     elif selection == "block":
-        low = rotating_tensors(rule, own if outside != "none" else None, density, period, blocks, scale)
+        low = rotating_tensors(rule, own, density, period, blocks, scale)
     else:
         residual = MappedResidual(idle.map, idle.scale) if outside != "none" else None
+        inside = PrimedMomentum(momentum) if inner == "sgdm" and momentum_start == "gradient" else rule
         low = Subspace(
-            rule, selection_basis(selection, density, basis), Refresh(period, stagger), side,  # type: ignore[arg-type]
+            inside, selection_basis(selection, density, basis), Refresh(period, stagger), side,  # type: ignore[arg-type]
             transfer, scale=scale, residual=residual,  # type: ignore[arg-type]
         )  # fmt: skip
     return Recipe(((targets, low), ("*", rule)), decay="before")
@@ -138,7 +159,8 @@ class Frugal(Method):
         outside: `sign` (paper), `sgd`, or `none` (GaLore with resets).
         outside_scale: kappa, multiplies the learning rate outside.
         scale: multiplies the learning rate of all split weights, inside and outside.
-        momentum: of `sgdm`. betas, eps: of the inner rule and of the dense leaves.
+        momentum: of `sgdm`. momentum_start: its buffer at a selection: `zero`, or `gradient` (the code: b_1 = (1 + momentum) g).
+        betas, eps: of the inner rule and of the dense leaves.
         side, basis, transfer, stagger, targets, storage, release, seed, maximize: see `GaLore`.
 
     >>> import torch
@@ -152,15 +174,15 @@ class Frugal(Method):
         selection: str = "block", order: str | Order = "descending", inner: Literal["adam", "lion", "sgdm"] = "adam",
         outside: Literal["sign", "sgd", "none"] = "sign", outside_scale: float = 1.0, scale: float = 1.0,
         side: str = "shorter", basis: str | Basis | None = None, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-        momentum: float = 0.9, weight_decay: float = 0.0, transfer: str = "zero", stagger: bool = False,
-        targets: Match = TARGETS, storage: Storage | dict[str, Any] | None = None, release: bool = False, seed: int = 0,
-        maximize: bool = False,
+        momentum: float = 0.9, momentum_start: Literal["zero", "gradient"] = "zero", weight_decay: float = 0.0,
+        transfer: str = "zero", stagger: bool = False, targets: Match = TARGETS,
+        storage: Storage | dict[str, Any] | None = None, release: bool = False, seed: int = 0, maximize: bool = False,
     ):  # fmt: skip
         hyper = {
             "density": density, "period": period, "selection": selection, "order": order, "inner": inner,
             "outside": outside, "outside_scale": outside_scale, "scale": scale, "side": side, "basis": basis,
-            "betas": betas, "eps": eps, "momentum": momentum, "transfer": transfer, "stagger": stagger,
-            "targets": targets,
+            "betas": betas, "eps": eps, "momentum": momentum, "momentum_start": momentum_start,
+            "transfer": transfer, "stagger": stagger, "targets": targets,
         }  # fmt: skip
         super().__init__(
             params, lr, frugal_recipe, hyper, weight_decay=weight_decay, storage=storage, release=release, seed=seed,

@@ -65,7 +65,8 @@ CARD = Card(
         "Rank at 1B: paper 512, script 1024; the paper is the preset.",
         "State is fp32 by default; the published runs keep it in bf16, where v with beta2 = 0.999 never decays "
         "(storage moment='bf16_legacy' reproduces that).",
-        "A refresh on a zero or non-finite gradient keeps the old basis, is counted and tried again; the code fails.",
+        "A refresh on a zero or non-finite gradient keeps the old basis, is counted and tried again; the code fails on "
+        "non-finite ones, and keeps the unit vectors it makes of a zero one for a whole period (basis='svd-legacy').",
         "The tensor (Tucker) variant of the repository ignores its optimizer and is not offered; convolutions are "
         "projected as out x (in * kernel) matrices.",
     ),
@@ -102,7 +103,8 @@ class GaLore(Method):
         period: T, updates between refreshes of P.
         scale: alpha, multiplies the lifted update.
         side: `shorter` (std), `longer` (reverse_std), `left`, `right`, or `both` (full).
-        basis: `svd` (paper), `gram` (same vectors, faster), `randomized` (fast range finder), or a `Basis`.
+        basis: `svd` (paper), `gram` (same vectors, faster), `randomized` (fast range finder), `svd-legacy` (zero
+            gradients as in the code, see the card), or a `Basis`.
         betas, eps, weight_decay: of Adam; eps is added before bias correction; decay comes after the update.
         transfer: `keep` (paper), `zero` or `rotate` the moments at a refresh.
         stagger: spread refreshes over the period.

@@ -32,6 +32,7 @@ CARD = Card(
     limits=(*GALORE.limits, "Every leaf, dense ones too, is stepped by Adafactor."),
     differences=(
         "beta1: the paper's runs keep a first moment, the script's default does not; off is the default here.",
+        "scale_parameter with weight_decay: the code multiplies the decay by RMS(W) too; here decay is lr weight_decay.",
         "The first moment averages updates that are already multiplied by the learning rate, as in the code.",
     ),
     auto_rank=70,

@@ -74,7 +74,8 @@ def online_recipe(
         post=Sign() if rule == "lion" else None,
     )  # fmt: skip
     dense = Lion(betas) if rule == "lion" else inner
-    return Recipe(((targets, low), ("*", dense)), decay="after")
+    # The code's Adafactor decays before its update, its AdamW and its Lion after.
+    return Recipe(((targets, low), ("*", dense)), decay="before" if rule == "adafactor" else "after")
 
 
 @register(CARD)

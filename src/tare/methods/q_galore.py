@@ -6,6 +6,7 @@ from torch import Tensor
 
 from tare.core.recipe import Match, Recipe
 from tare.core.storage import Storage
+from tare.core.weights import holds_int8
 from tare.methods.base import TARGETS, Method
 from tare.methods.galore import LARGE_PRESETS, llama_presets, side_name
 from tare.methods.registry import Card, register
@@ -42,8 +43,8 @@ CARD = Card(
         "llama-7b": {"lr": 4e-3, "rank": 1024, "period": 500},
     },
     limits=(
-        "Weights are int8 only where `tare.quantize_weights_(model)` made them so (`tare train --storage.weight int8` does); "
-        "others stay as they are.",
+        "In a loop of your own, weights are int8 where `tare.quantize_weights_(model)` made them so, others stay as they are; "
+        "`tare train --method q-galore` quantises the linear ones (`--storage.weight plain` leaves them).",
         "Embedding, head and norms keep dense 8-bit Adam (below 4,096 elements fp32).",
     ),
     differences=(
@@ -82,7 +83,7 @@ class QGaLore(Method):
             reaches `threshold`.
         similarity: `projector` (default), `vector` (the code's signed cosine of first vectors), or `absolute`, its size.
         betas: of Adam.
-        storage: default int8 moments and int4 basis.
+        storage: default int8 moments, int4 basis, and int8 weights where the model has them.
         release, seed, maximize: see `tare.Optimizer`.
 
     >>> import torch
@@ -104,8 +105,10 @@ class QGaLore(Method):
             "similarity": similarity, "side": side, "basis": basis, "betas": betas, "eps": eps, "transfer": transfer,
             "stagger": stagger, "targets": targets,
         }  # fmt: skip
-        kept = storage if storage is not None else Storage(moment="int8", basis="int4")
+        if storage is None:
+            params, quantized = holds_int8(params)
+            storage = Storage(moment="int8", basis="int4", weight="int8" if quantized else "plain")
         super().__init__(
-            params, lr, q_galore_recipe, hyper, weight_decay=weight_decay, storage=kept, release=release, seed=seed,
+            params, lr, q_galore_recipe, hyper, weight_decay=weight_decay, storage=storage, release=release, seed=seed,
             maximize=maximize,
         )  # fmt: skip

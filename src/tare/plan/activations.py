@@ -146,8 +146,14 @@ def _no_packing() -> Iterator[None]:
 
 
 def _run(
-    config: "PretrainedConfig", batch: int, seq: int, dtype: torch.dtype, precision: Precision, checkpointing: bool,
-    quantized: bool = False, trained: tuple[str, ...] | None = None,
+    config: "PretrainedConfig",
+    batch: int,
+    seq: int,
+    dtype: torch.dtype,
+    precision: Precision,
+    checkpointing: bool,
+    quantized: bool = False,
+    trained: tuple[str, ...] | None = None,
 ) -> StepProfile:
     with fake_tensors():
         model = build_skeleton(config, dtype).train()

@@ -49,7 +49,6 @@ class Bound:
             return max(forward, released) + gradients <= room
         return max(forward, released if inside else backward) <= room
 
-
     def _weight_bytes(self, settings: Settings, quantized: bool) -> int:
         form = settings.dtype, quantized
         if form not in self._weights:

@@ -141,7 +141,9 @@ def _run(choice: Choice, whole: Optimizer) -> StepCost:
     account = whole.state_bytes()
     turns = {name: turn for name, turn in _turns(whole).items() if name in parts}
     trained = whole.trained_sets()
-    return StepCost(account.total + account.shared, dict(account.by_kind), ordinary, refresh, parts, gather, turns, trained)
+    return StepCost(
+        account.total + account.shared, dict(account.by_kind), ordinary, refresh, parts, gather, turns, trained
+    )
 
 
 def _turns(optimizer: Optimizer) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """What `tare bench step` compares: torch's fused AdamW, which is the bar, and every registered method. Other packages: `bench_peers`."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -127,13 +127,24 @@ def moved_bytes(contender: Contender, bench: Bench) -> int:
     Moments are read and written, bases only read. Of other packages we know the size of the state and not what is a basis in it: all
     counts as read and written.
     """
-    weights = sum(p.numel() * p.element_size() for p in bench.model.parameters())
-    grads = sum(p.grad.numel() * p.grad.element_size() for p in bench.model.parameters() if p.grad is not None)
     optimizer = contender.optimizer
     if not isinstance(optimizer, Optimizer):
-        return 2 * weights + grads + 2 * state_bytes(optimizer)
+        return _passed(tuple(bench.model.parameters())) + 2 * state_bytes(optimizer)
     slots = [slot for row in optimizer._rows() for slot in row.slots.values()]
-    return 2 * weights + grads + sum(slot.bytes * (1 if slot.spec.kind == "basis" else 2) for slot in slots)
+    named = dict(bench.model.named_parameters())
+    turns = [
+        [named[name] for name in names] for names in optimizer.trained_sets()
+    ]  # where blocks take turns, the largest
+    stepped = max(map(_passed, turns)) if turns else _passed(tuple(named.values()))
+    return stepped + sum(slot.bytes * (1 if slot.spec.kind == "basis" else 2) for slot in slots)
+
+
+def _passed(parameters: Sequence[Tensor]) -> int:
+    """Bytes of weights, twice, and of their gradients."""
+    return sum(
+        2 * p.numel() * p.element_size() + (p.numel() * p.grad.element_size() if p.grad is not None else 0)
+        for p in parameters
+    )
 
 
 # -- rows ------------------------------------------------------------------------------------------------------------

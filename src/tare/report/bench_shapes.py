@@ -1,5 +1,6 @@
 """What `tare bench step` steps: a named model's exact shapes, or one of its decoder layers, with fixed gradients."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -65,15 +66,19 @@ def build(shapes: str, seed: int = 0, dtype: str = "fp32", device: str = "cpu") 
 
 
 def fill(bench: Bench, seed: int) -> None:
-    """Give every parameter its gradient."""
+    """Give every parameter its gradient, also one that an optimizer of blocks has frozen."""
     generator = torch.Generator().manual_seed(seed)
     for p in bench.model.parameters():
+        p.requires_grad_(True)
         p.grad = torch.randn(p.shape, generator=generator).mul_(1e-3).to(p.dtype).to(bench.device)
 
 
 def sums(bench: Bench) -> list[float]:
-    """A number for each gradient, to see whether somebody changed it."""
-    return [float(p.grad.double().sum()) for p in bench.model.parameters() if p.grad is not None]
+    """A number for each gradient, to see whether somebody changed it, or froze or cleared its parameter."""
+    return [
+        float(p.grad.double().sum()) if p.grad is not None and p.requires_grad else math.nan
+        for p in bench.model.parameters()
+    ]
 
 
 def device_of(name: str) -> torch.device:

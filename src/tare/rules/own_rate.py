@@ -1,6 +1,6 @@
 """OwnRate: a rule that steps at its own multiple of the learning rate, so that one schedule drives rules of different scales."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -38,9 +38,17 @@ class OwnRate(Transform):
     def update(self, grad: Tensor, state: State, step: Step, compressed: Tensor | None = None) -> Delta:
         return self.rule.update(grad, state, step, compressed)
 
+    @property
+    def rate(self) -> float:  # type: ignore[override]
+        """The engine multiplies the group's learning rate by it, for whatever path the rule takes."""
+        return self.ratio
+
+    @property
+    def fuses(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.rule.fuses
+
     def update_many(self, batch: list[Work]) -> list[Work]:
-        """All work passes through here, and goes on with the scaled rate in its step."""
-        return self.rule.update_many([replace(w, step=replace(w.step, lr=w.step.lr * self.ratio)) for w in batch])
+        return self.rule.update_many(batch)
 
     def check(self, leaf: Leaf, storage: Any) -> None:
         self.rule.check(leaf, storage)

@@ -38,7 +38,9 @@ def make_order(order: str | Order, **instead: Callable[[], Order]) -> Order:
         return order
     known = {**ORDERS, **instead}
     if not isinstance(order, str) or order not in known:
-        raise InputError(f"order: {order!r} is not one of {', '.join(known)}{nearest(str(order), list(known))}; or an Order")
+        raise InputError(
+            f"order: {order!r} is not one of {', '.join(known)}{nearest(str(order), list(known))}; or an Order"
+        )
     return known[order]()
 
 

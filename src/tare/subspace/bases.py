@@ -5,13 +5,13 @@ SVD (GaLore), the Gram matrix in float64 (the same basis, faster), a randomized 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from tare.core.checks import check_whole
+from tare.core.checks import check_choice, check_whole
 from tare.core.errors import InputError
 from tare.core.random import normal
 from tare.core.transform import StateSpec
@@ -37,7 +37,10 @@ class Basis:
     seedable: ClassVar[bool] = False
     orthonormal: ClassVar[bool] = True
     moves: ClassVar[bool] = False
-    within_shorter: ClassVar[bool] = True  # whether the rank is bounded by the shorter side, not only by the projected one
+    within_shorter: ClassVar[bool] = (
+        True  # whether the rank is bounded by the shorter side, not only by the projected one
+    )
+    comparable: ClassVar[bool] = True  # whether two bases have principal angles: they are kept as matrices
     two_sided: ClassVar[bool] = True  # whether it also makes sense on both sides at once
 
     def __post_init__(self) -> None:
@@ -118,7 +121,7 @@ def check_rank(rank: object) -> None:
     """A whole number >= 1, or a share in (0, 1]."""
     if isinstance(rank, float) and 0.0 < rank <= 1.0:
         return
-    if isinstance(rank, float) or isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+    if isinstance(rank, float | bool) or not isinstance(rank, int) or rank < 1:
         raise InputError(f"rank: expected a whole number >= 1, or a share in (0, 1], got {rank!r}")
 
 
@@ -130,7 +133,21 @@ def _right(grad: Tensor, side: Side) -> Tensor:
 
 @dataclass(frozen=True)
 class SVDBasis(Basis):
-    """The top-r singular vectors of G, computed in fp32 (fp64 for fp64). Falls back to the fp64 Gram matrix."""
+    """The top-r singular vectors of G, computed in fp32 (fp64 for fp64). Falls back to the fp64 Gram matrix.
+
+    zero: at a refresh on an all-zero gradient, `skip` keeps the old basis and tries again at the next update; `legacy`
+    decomposes the zeros as the published codes do: unit vectors, kept for the whole period.
+    """
+
+    zero: Literal["skip", "legacy"] = field(default="skip", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("zero", self.zero, ("skip", "legacy"))
+
+    @property
+    def needs_gradient(self) -> bool:  # type: ignore[override]
+        return self.zero == "skip"
 
     def compute(self, grad: Tensor, side: Side, previous: Tensor | None, key: int, index: int = 0) -> Tensor | None:
         # G as it stands, never its transpose (which would be faster for wide ones): kept moments meet the new basis in
@@ -212,6 +229,7 @@ class GaussianBasis(Basis):
 
     needs_gradient: ClassVar[bool] = False
     seedable: ClassVar[bool] = True
+    within_shorter: ClassVar[bool] = False
     orthonormal: ClassVar[bool] = False
 
     def compute(self, grad: Tensor, side: Side, previous: Tensor | None, key: int, index: int = 0) -> Tensor | None:
@@ -225,6 +243,7 @@ class OrthonormalBasis(Basis):
 
     needs_gradient: ClassVar[bool] = False
     seedable: ClassVar[bool] = True
+    within_shorter: ClassVar[bool] = False
 
     def compute(self, grad: Tensor, side: Side, previous: Tensor | None, key: int, index: int = 0) -> Tensor | None:
         shape = (*grad.shape[:-2], length_of(grad, side), _rank(self, grad, side))

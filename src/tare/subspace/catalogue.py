@@ -10,6 +10,7 @@ from tare.subspace.online import OnlineBasis
 
 BASES: dict[str, Callable[[int | float], Basis]] = {
     "svd": SVDBasis,
+    "svd-legacy": lambda rank: SVDBasis(rank, zero="legacy"),
     "gram": GramBasis,
     "randomized": RandomizedBasis,
     "gaussian": GaussianBasis,

@@ -4,7 +4,6 @@ Nothing but int32 numbers is kept, or only the seed they come from; projecting i
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -43,13 +42,15 @@ class CoordinateBasis(Basis):
 
     order: `random` (a permutation from the counter-based generator), or `greedy`: the largest norms, which maximises the
     Gauss-Southwell decrease (Nutini, Laradji & Schmidt 2022, arXiv 1712.08859) for equal curvature. A share is rounded
-    down, as in FRUGAL's code.
+    down, as in FRUGAL's code for `columns` and `rows`; nearest rounds it as that does for `randperm`.
     """
 
     axis: Literal["columns", "rows", "side"] = "side"
     order: Order = "random"
+    nearest: bool = False
 
     two_sided: ClassVar[bool] = False
+    comparable: ClassVar[bool] = False
     within_shorter: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -66,7 +67,9 @@ class CoordinateBasis(Basis):
         return self.order == "random"
 
     def rank_of(self, length: int) -> int:
-        return self.rank if isinstance(self.rank, int) else max(1, int(self.rank * length))
+        if isinstance(self.rank, int):
+            return self.rank
+        return max(1, round(self.rank * length) if self.nearest else int(self.rank * length))
 
     def side_for(self, side: Side) -> Side:
         return {"columns": "right", "rows": "left"}.get(self.axis, side)  # type: ignore[return-value]
@@ -102,6 +105,7 @@ class EntryBasis(Basis):
     """
 
     two_sided: ClassVar[bool] = False
+    comparable: ClassVar[bool] = False
     needs_gradient: ClassVar[bool] = False
     seedable: ClassVar[bool] = True
 

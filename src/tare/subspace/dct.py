@@ -60,7 +60,7 @@ class DCTBasis(Basis):
     transform: Literal["matmul", "makhoul"] = "matmul"
     norm: int = 1
 
-    two_sided: ClassVar[bool] = True
+    comparable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,7 +1,7 @@
 """Refresh: when a basis is computed anew. Periodic, or adaptive (Q-GaLore): leaves whose subspace has settled wait longer."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ class Refresh:
     def __post_init__(self) -> None:
         check_whole("refresh period", self.period)
         check_choice("refresh at", self.at, ("start", "end"))
+
+    compares: ClassVar[bool] = False  # whether it looks at how far the basis moved
 
     def spec(self, length: int, stack: tuple[int, ...]) -> dict[str, StateSpec]:
         """Further state of the calendar. length: of the projected side."""
@@ -68,6 +70,8 @@ class AdaptiveRefresh(Refresh):
     growth: float = 2.0
     queue: int = 5
     similarity: Literal["projector", "vector", "absolute"] = "projector"
+
+    compares: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

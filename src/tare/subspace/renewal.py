@@ -54,7 +54,9 @@ def renew(
                 assert old is not None
                 turn = basis.turn(old, fresh)
                 for name in moments:
-                    state[name] = turn(state[name], side, state.slots[name].spec.signed)
+                    x = state[name]
+                    # In its own dtype: bf16 moments of a float64 leaf are decoded to, and encoded from, float32.
+                    state[name] = turn(x, side, state.slots[name].spec.signed).to(x.dtype)
         state.settle(*moments)
     for name, _, old, fresh in found:
         refresh.refreshed(state, old, fresh)

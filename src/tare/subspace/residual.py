@@ -206,6 +206,3 @@ class FeedbackResidual(Residual):
         for start in range(0, p.g.shape[0], step):
             p.g[start : start + step] = rest.rows(start, start + step)
         return lifted()
-
-
-RESIDUALS = ("none", "norm-ratio", "sign", "sgd", "sinkhorn", "feedback", "sparse")

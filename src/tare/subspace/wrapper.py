@@ -78,6 +78,11 @@ class Subspace(Transform):
             raise InputError(
                 "side: 'both' projects to r x r and only goes with lift='back', no residual and no limiter"
             )
+        if self.refresh.compares and not self.basis.comparable:
+            raise InputError(
+                f"refresh: an adaptive calendar compares bases as matrices, and {self.basis.describe()} keeps numbers of "
+                "columns; use a periodic one"
+            )
         if self.side == "both" and not self.basis.two_sided:
             raise InputError(f"side: 'both' needs a basis matrix, which {self.basis.describe()} has not; use 'shorter'")
 
@@ -102,7 +107,10 @@ class Subspace(Transform):
         side = self.side_of(m, n)
         rank = max(self.basis.rank_of(m), self.basis.rank_of(n)) if self.side == "both" else 0
         rank = rank or self.basis.rank_of(m if side == "left" else n)
-        room = min(m, n) if self.basis.within_shorter else (m if side == "left" else n)
+        room = min(m, n) if self.basis.within_shorter or self.side == "both" else (m if side == "left" else n)
+        if rank > room and isinstance(self.basis.rank, float) and self.side != "both":
+            # a share of the longer side: as many directions as there are
+            return replace(self, basis=replace(self.basis, rank=room)), f"projected on the {side}"
         if rank > room:
             return self.rule, f"rank {rank} > {room}: dense"
         return self, "projected on both sides" if self.side == "both" else f"projected on the {side}"
@@ -144,11 +152,16 @@ class Subspace(Transform):
     def check(self, leaf: Leaf, storage: Storage) -> None:
         if storage.basis == "seed" and self.transfer == "rotate":
             raise InputError("transfer: 'rotate' needs the old basis, which storage.basis='seed' does not keep")
-        if storage.basis == "seed" and self.refresh.spec(1, ()):
+        if storage.basis == "seed" and self.refresh.compares:
             raise InputError("refresh: an adaptive calendar compares bases, which storage.basis='seed' does not keep")
         self.basis.check(leaf, storage)
         assert leaf.matrix is not None
         side = self.side_of(*leaf.matrix)
+        if self.refresh.spec(1, ()) and self.basis.kept(leaf.matrix[0], other=leaf.matrix[1]).dtype is torch.int32:
+            raise InputError(
+                f"refresh: an adaptive calendar compares basis matrices, which {self.basis.describe()} has not; use a "
+                "period"
+            )
         channels = len(self.basis.inner_shape(*leaf.matrix, side)) == 2
         if self.lift == "channel" and not channels:
             raise InputError("lift: single entries have no channels; use lift='tensor' or 'back'")
@@ -199,9 +212,9 @@ class Subspace(Transform):
             direction = self._spend(projected, state, inner)
         assert isinstance(direction, Dense)
         if self.residual is not None:
-            stack = len(step.leaf.stack)
-            parts = Parts(g, at, projected, direction, self.scale, state, self.limiter, stack, step.lr)
-            return self.residual.update(parts, lambda: at.lift(direction, self.scale))
+            inside = direction
+            parts = Parts(g, at, projected, inside, self.scale, state, self.limiter, len(step.leaf.stack), step.lr)
+            return self.residual.update(parts, lambda: at.lift(inside, self.scale))
         if self.limiter is not None:
             direction = self._limited(direction, at, state, step)
         return at.lift(direction, self.scale)

@@ -6,7 +6,20 @@
 
 from collections.abc import Callable
 
-from tare.testing import clipping, costs, descent, faults, inputs, objects, quiet, repeat, resume, shapes, turns, weights
+from tare.testing import (
+    clipping,
+    costs,
+    descent,
+    faults,
+    inputs,
+    objects,
+    quiet,
+    repeat,
+    resume,
+    shapes,
+    turns,
+    weights,
+)
 from tare.testing.subject import Subject
 
 Check = Callable[[Subject], None]

@@ -1,7 +1,7 @@
 """Recorded bases: feed the projections of a golden trace to any subspace method, in place of what it would compute."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +17,9 @@ from tare.subspace.projection import Projection, Side
 @dataclass(frozen=True, init=False)
 class RecordedBasis(Basis):
     """`RecordedBasis({step: P, ...})`: P [s, r] takes effect at the 0-based `step`; (P_left, P_right) for two-sided.
+
+    Steps are a leaf's own updates: those at which it had no gradient are not counted. The recording is the calendar and
+    the rank: period, rank and density of the method have no say.
 
     Integer vectors are numbers of columns, rows, entries or cosines; `like` then says of what kind of basis (methods that
     have only one such kind set it themselves).
@@ -54,7 +57,9 @@ class RecordedBasis(Basis):
         p = entry if isinstance(entry, Tensor) else entry[0 if side == "left" else 1]
         if self.of_numbers:
             if self.like is None:
-                raise InputError("RecordedBasis: numbers need a kind of basis; pass like=CoordinateBasis(...) or DCTBasis(...)")
+                raise InputError(
+                    "RecordedBasis: numbers need a kind of basis; pass like=CoordinateBasis(...) or DCTBasis(...)"
+                )
             flat = p[0] * grad.shape[-1] + p[1] if p.ndim == 2 else p  # (row numbers, column numbers) of entries
             return flat.to(grad.device, torch.int32)
         size = grad.shape[-2] if side == "left" else grad.shape[-1]
@@ -63,11 +68,14 @@ class RecordedBasis(Basis):
         return p.to(grad.device)
 
     def standing_for(self, other: Basis) -> Basis:
-        return RecordedBasis(self.bases, other) if self.like is None and self.of_numbers else self
+        """Its kind, with as many numbers as were recorded: rank or density of the method have no say then."""
+        if self.like is not None or not self.of_numbers:
+            return self
+        return RecordedBasis(self.bases, replace(other, rank=int(self.rank)))
 
     @property
     def within_shorter(self) -> bool:  # type: ignore[override]
-        return self._kind().within_shorter
+        return self.like is not None and self.like.within_shorter  # a matrix has the columns that it has
 
     # What is kept, and what projects, is the business of the basis it stands for.
 
@@ -81,12 +89,15 @@ class RecordedBasis(Basis):
         return self._kind().side_for(side)
 
     def kept(self, length: int, stack: tuple[int, ...] = (), other: int = 0) -> StateSpec:
-        return self._kind().kept(length, stack, other)
+        # Never as a seed: what was recorded cannot be drawn again.
+        return replace(self._kind().kept(length, stack, other), seedable=False)
 
     def inner_shape(self, m: int, n: int, side: Side) -> tuple[int, ...]:
         return self._kind().inner_shape(m, n, side)
 
     def check(self, leaf: Leaf, storage: Any) -> None:
+        if storage.basis == "seed":
+            raise InputError("storage.basis: 'seed' cannot draw a recorded basis again; use 'fp32' or 'bf16'")
         self._kind().check(leaf, storage)
 
     def at(self, kept: Tensor, g: Tensor, side: Side, dtype: torch.dtype, exact: bool = True) -> Projection:

@@ -91,7 +91,9 @@ def only_what_is_on_holds_state(subject: Subject) -> None:
             account, most, seen = optimizer.state_bytes().total, 0, set()
             for number in range(STEPS):
                 most = max(most, allocated(optimizer))
-                assert held(optimizer) <= on(optimizer), f"{form}: {held(optimizer) - on(optimizer)} hold state but are off"
+                assert held(optimizer) <= on(optimizer), (
+                    f"{form}: {held(optimizer) - on(optimizer)} hold state but are off"
+                )
                 seen |= on(optimizer)
                 before = on(optimizer)
                 train(optimizer, net, number, number + 1)
@@ -177,7 +179,7 @@ def release_turns_alike(subject: Subject) -> None:
 def frozen_and_later_leaves_take_turns(subject: Subject) -> None:
     """What the user has frozen stays, and is given to nobody; a group that comes later takes its turns; in the end all have gradients."""
     net = Stack()
-    net.layers[1].requires_grad_(False)  # type: ignore[union-attr]
+    net.layers[1].requires_grad_(False)
     start = snapshot(net.named_parameters())
     last = list(net.layers[3].named_parameters(prefix="layers.3"))
     optimizer = build(subject, [(n, p) for n, p in net.named_parameters() if not n.startswith("layers.3")])
