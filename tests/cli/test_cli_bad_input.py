@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from tare.methods import registry
+
 T = "train --model {tiny} --data {text} --steps 2 --batch 2 --seq 32 --out {out}"
 DATA = "train --model {tiny} --steps 2 --batch 2 --seq 32 --out {out} --data"
 MODEL = "train --data {text} --steps 2 --batch 2 --seq 32 --out {out} --model"

@@ -146,6 +146,9 @@ class Sum(Delta):
     parts: tuple[Delta, ...]
 
     def write(self, weight: Tensor, alpha: float, beta: float) -> None:
+        if weight.dtype in (torch.bfloat16, torch.float16):  # summed in fp32 by blocks of rows, and rounded once
+            super().write(weight, alpha, beta)
+            return
         for number, part in enumerate(self.parts):
             part.write(weight, alpha, beta if number == 0 else 1.0)
 

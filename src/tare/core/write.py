@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 from tare.core.delta import Delta, Dense, materialise
@@ -65,6 +66,12 @@ def _shape(work: Work, delta: Delta) -> tuple[int, ...]:
     return leaf.view
 
 
+def _legacy(work: Work) -> bool:
+    """Whether moments are kept in `bf16_legacy`: then decay is rounded apart from the update, as in the codes it reproduces."""
+    moments = (slot for slot in work.state.slots.values() if slot.spec.kind == "moment")
+    return any(slot.form == "plain" and slot.dtype == torch.bfloat16 for slot in moments)
+
+
 def write(shape: tuple[int, ...], delta: Delta, work: Work, offset: int) -> None:
     """W <- beta W - alpha U for the elements from `offset` on, as many as `shape` has: in place, or as the weight is kept."""
     beta = work.shrink
@@ -80,6 +87,14 @@ def write(shape: tuple[int, ...], delta: Delta, work: Work, offset: int) -> None
         weight = work.weight
         if not whole:
             weight = weight.view(-1)[offset : offset + math.prod(shape)].view(shape)
+        if beta != 1.0 and _legacy(work):
+            late = work.decay == "after"
+            if not late:
+                weight.mul_(beta)
+            delta.write(weight, alpha / beta if late else alpha, 1.0)
+            if late:
+                weight.mul_(beta)
+            return
         delta.write(weight, alpha, beta)
         return
     if not work.weight.is_contiguous():

@@ -26,7 +26,6 @@ class OwnRate(Transform):
     def __post_init__(self) -> None:
         check_number("ratio", self.ratio, 0.0, inclusive=True)
         object.__setattr__(self, "sharding", self.rule.sharding)
-        object.__setattr__(self, "fuses", self.rule.fuses)
 
     @property
     def workspace(self) -> float:  # type: ignore[override]
