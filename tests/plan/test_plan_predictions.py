@@ -18,6 +18,8 @@ def measured_peak(plan: Any, key: str) -> int:
     model = build_model(s.name, dtype=s.dtype).train()
     if s.checkpointing:
         enable_checkpointing(model)
+    if s.choice(key).storage.weight == "int8":
+        tare.quantize_weights_(model)
     optimizer = s.choice(key).build(model)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 1000, (s.batch, s.seq), generator=generator)

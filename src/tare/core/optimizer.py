@@ -307,7 +307,12 @@ class Optimizer(Releasing, torch.optim.Optimizer):
             self._release.clipping.end()
         if self._turns:
             self._turns.advance(self.state)
+        self.stepped()
         return loss
+
+    def stepped(self) -> None:
+        """Called at the end of every step, for methods that have something left to do. (`step` itself carries torch's hooks, which
+        would run twice in an override that calls it.)"""
 
     def _update(self, ready: Iterable[tuple[Tensor, dict[str, Any]]], compressed: Tensor | None = None) -> None:
         by_transform: dict[int, list[Work]] = defaultdict(list)

@@ -1,7 +1,6 @@
 """Scion: every layer steps along the oracle of its own norm ball."""
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -118,12 +117,9 @@ class Scion(Method):
         if not self.light:
             super().zero_grad(set_to_none)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = super().step(closure)
+    def stepped(self) -> None:
         if self.light:
             self._fade()
-        return loss
 
     def _fade(self) -> None:
         """p.grad <- (1-a) p.grad, and a mark on it, by which a replaced one is noticed."""
