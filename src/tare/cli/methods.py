@@ -50,19 +50,14 @@ def run(args: argparse.Namespace) -> int:
 
 def state_bytes(keys: list[str], model: str) -> tuple[int, dict[str, int]]:
     """Bytes of the fp32 weights, and of each method's state with its preset for the model. Nothing is allocated."""
-    import torch
-
-    from tare.plan.activations import fake_tensors
-    from tare.plan.models import build_skeleton, config_for, parameter_count
+    from tare.plan import steps
+    from tare.plan.models import config_for
     from tare.plan.resolve import resolve
 
     config = config_for(model)
-    choices = {key: resolve(key, model) for key in keys}
-    with fake_tensors():
-        skeleton = build_skeleton(config, torch.float32)
-        return 4 * parameter_count(skeleton), {
-            key: int(choice.build(skeleton).state_bytes()) for key, choice in choices.items()
-        }
+    return steps.weight_bytes(config, "fp32"), {
+        key: steps.state_bytes(resolve(key, model), config, "fp32") for key in keys
+    }
 
 
 def parameters(key: str) -> list[tuple[str, str, str]]:

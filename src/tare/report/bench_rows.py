@@ -1,5 +1,6 @@
 """What `tare bench step` compares: torch's fused AdamW, which is the bar, and every registered method. Other packages: `bench_peers`."""
 
+import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -7,10 +8,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tare.core.errors import InputError
 from tare.core.optimizer import Optimizer
+from tare.core.weights import plain_parts, quantize_weights_
 from tare.methods import registry
 from tare.plan.resolve import resolve
 from tare.report.bench_shapes import LAYER, Bench, shares
@@ -61,6 +63,10 @@ class Contender:
         else:
             with environment("TARE_NATIVE", "0"):
                 self.optimizer.step()
+
+    def weights(self) -> list[Tensor]:
+        """The parameters that it steps; those of the bench, but for methods of int8 weights, which have their own."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def jump(self, count: int) -> None:
         """Pretend that `count` steps were done, so that a refresh can be brought about."""
@@ -131,7 +137,7 @@ def moved_bytes(contender: Contender, bench: Bench) -> int:
     if not isinstance(optimizer, Optimizer):
         return _passed(tuple(bench.model.parameters())) + 2 * state_bytes(optimizer)
     slots = [slot for row in optimizer._rows() for slot in row.slots.values()]
-    named = dict(bench.model.named_parameters())
+    named = dict(zip((leaf.name for leaf in optimizer.leaves), contender.weights(), strict=True))
     turns = [
         [named[name] for name in names] for names in optimizer.trained_sets()
     ]  # where blocks take turns, the largest
@@ -141,9 +147,10 @@ def moved_bytes(contender: Contender, bench: Bench) -> int:
 
 def _passed(parameters: Sequence[Tensor]) -> int:
     """Bytes of weights, twice, and of their gradients."""
-    return sum(
-        2 * p.numel() * p.element_size() + (p.numel() * p.grad.element_size() if p.grad is not None else 0)
-        for p in parameters
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    kept = [part for p in parameters for part in plain_parts("", p.detach()).values()]
+    return sum(2 * part.numel() * part.element_size() for part in kept) + sum(
+        grad.numel() * grad.element_size() for grad in gradients
     )
 
 
@@ -217,7 +224,7 @@ def maker(spec: MethodSpec, extra: dict[str, Any]) -> Callable[[Bench], torch.op
             choice = resolve(
                 spec.key, bench.preset, dtype=bench.dtype, hyper={**hyper, **more}, storage=spec.storage or None
             )
-            return choice.build(bench.model)
+            return choice.build(_int8_copy(bench) if choice.storage.weight == "int8" else bench.model)
 
         try:
             return made(extra)
@@ -227,6 +234,15 @@ def maker(spec: MethodSpec, extra: dict[str, Any]) -> Callable[[Bench], torch.op
             return made({})
 
     return build
+
+
+def _int8_copy(bench: Bench) -> nn.Module:
+    """The model with int8 linear weights; the gradients are those of the bench."""
+    model = copy.deepcopy(bench.model)
+    quantize_weights_(model)
+    for mine, shared in zip(model.parameters(), bench.model.parameters(), strict=True):
+        mine.grad = shared.grad
+    return model
 
 
 def label(spec: MethodSpec, bench: Bench) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tare.core.weights import plain_parts
 from tare.plan.measure import StepMeter
 from tare.report.bench_rows import Contender
 
@@ -187,7 +188,8 @@ def finish(row: dict[str, Any]) -> None:
 def temporaries(model: nn.Module, contender: Contender) -> int:
     """The most bytes that one step holds beyond what exists before it, by the allocator's own events."""
     optimizer = contender.optimizer if contender.spec.kind == "tare" else None
-    with StepMeter(model, optimizer) as meter:
+    own = [part for p in contender.weights() for part in plain_parts("", p.detach()).values()]
+    with StepMeter(model, optimizer, extra=own) as meter:
         contender.step()
     return meter.peak - meter.baseline
 
