@@ -36,15 +36,20 @@ _NAMES = {
     "LANTON": ("tare.methods.lanton", "LANTON"),
     "Lion": ("tare.methods.lion", "Lion"),
     "LionKappa": ("tare.methods.lion_kappa", "LionKappa"),
+    "MeZO": ("tare.methods.mezo", "MeZO"),
     "Muon": ("tare.methods.muon", "Muon"),
     "NotFinite": ("tare.core.clipping", "NotFinite"),
     "OnlineSubspace": ("tare.methods.online_subspace", "OnlineSubspace"),
     "Optimizer": ("tare.core.optimizer", "Optimizer"),
     "QGaLore": ("tare.methods.q_galore", "QGaLore"),
+    "QZO": ("tare.methods.qzo", "QZO"),
+    "QuantizedLinear": ("tare.zeroth.quantized", "QuantizedLinear"),
     "Recipe": ("tare.core.recipe", "Recipe"),
     "SWAN": ("tare.methods.swan", "SWAN"),
     "Scion": ("tare.methods.scion", "Scion"),
+    "SeedLog": ("tare.zeroth.log", "SeedLog"),
     "SinkGD": ("tare.methods.sinkgd", "SinkGD"),
+    "SparseMeZO": ("tare.methods.sparse_mezo", "SparseMeZO"),
     "StableEmbedding": ("tare.core.embedding", "StableEmbedding"),
     "Storage": ("tare.core.storage", "Storage"),
     "Subspace": ("tare.subspace.wrapper", "Subspace"),
@@ -53,11 +58,14 @@ _NAMES = {
     "dense_state_dict": ("tare.core.weights", "dense_state_dict"),
     "dequantize_weights_": ("tare.core.weights", "dequantize_weights_"),
     "every": ("tare.subspace.refresh", "every"),
+    "load_gptq_": ("tare.zeroth.gptq", "load_gptq_"),
+    "quantize_linear_": ("tare.zeroth.quantized", "quantize_linear_"),
     "quantize_weights_": ("tare.core.weights", "quantize_weights_"),
+    "replay": ("tare.methods.replay", "replay"),
     "stable_embedding_": ("tare.core.embedding", "stable_embedding_"),
     "subspace_of": ("tare.subspace.wrapper", "subspace"),
 }
-_ROOMS = ("plan", "testing", "methods", "core", "rules", "subspace", "train", "report", "kernels")
+_ROOMS = ("plan", "testing", "zeroth", "methods", "core", "rules", "subspace", "train", "report", "kernels")
 
 __all__ = [*_NAMES, "__version__", "plan"]
 

@@ -33,6 +33,12 @@ class Outcome:
     err: str
 
 
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long a machine takes decides nothing here."""
+    monkeypatch.setattr("tare.cli.waiting.PATIENCE", 1e6)
+
+
 @pytest.fixture
 def tare() -> Iterator[Callable[..., Outcome]]:
     """Runs `tare` with the arguments. `main` sets environment variables and the warning hook; they are put back."""

@@ -25,7 +25,7 @@ EVERY = ", ".join(registry.keys())
 
 TABLE: list[tuple[str, int, str]] = [
     # command
-    ("trian", 2, r"trian: unknown command \(did you mean 'train'\?\); commands: train, compare, plan, eval, methods"),
+    ("trian", 2, r"trian: unknown command \(did you mean 'train'\?\); commands: train, compare, plan, eval"),
     ("--versoin", 2, r"--versoin: unknown option"),
     (T + " --stpes 3", 2, r"--stpes: unknown option \(did you mean '--steps'\?\)"),
     (T + " --method", 2, r"--method: expected a value"),
@@ -47,7 +47,7 @@ TABLE: list[tuple[str, int, str]] = [
     (FREE + " --batch 0", 2, r"--batch: expected a whole number >= 1, got 0"),
     (FREE + " --batch 1.5", 2, r"--batch: expected a whole number >= 1, got 1\.5"),
     (T + " --train.steps 6", 2, r"--train\.steps: conflicts with --steps \(6 against 2\)"),
-    (T + " --warmup 30", 2, r"train\.warmup: expected at most train\.steps = 2, got 30"),
+    (T + " --warmup 30", 2, r"--warmup: expected at most train\.steps = 2, got 30"),
     (T + " --schedule linear", 2, r"--schedule: expected one of cosine, constant, got 'linear'"),
     (T + " --precision fp16", 2, r"--precision: expected one of fp32, bf16-autocast, bf16, got 'fp16'"),
     (T + " --run.tensorboard", 2, r"run\.tensorboard: TensorBoard is not installed; pip install"),
@@ -120,9 +120,9 @@ TABLE: list[tuple[str, int, str]] = [
     ("compare --out {f}", 2, r"run\.out: .* is not empty; resume the comparison in it"),
     ("compare --out {out} --resume", 2, r"run\.resume: there is no comparison in"),
     # device and budget
-    (T + " --device tpu", 2, r"run\.device: expected auto, cpu, mps, cuda or cuda:N, got 'tpu'"),
-    (T + " --budget 8", 2, r"run\.budget: '8' has no unit: write a number and a unit, e\.g\. 24GiB"),
-    (T + " --budget -1", 2, r"run\.budget: '-1' is not an amount"),
+    (T + " --device tpu", 2, r"--device: expected auto, cpu, mps, cuda or cuda:N, got 'tpu'"),
+    (T + " --budget 8", 2, r"--budget: '8' has no unit: write a number and a unit, e\.g\. 24GiB"),
+    (T + " --budget -1", 2, r"--budget: '-1' is not an amount"),
     (T + " --threads 0", 2, r"--threads: expected a whole number >= 1, or none, got 0"),
     (T + " --method adamw --budget 100KiB", 3, r"100\.0 KiB.*adamw.*needs.*KiB.*(fits|possible)"),
     (T + " --budget 1KiB", 3, r"budget 1\.00 KiB is too small: .* needs .*the least that is possible"),

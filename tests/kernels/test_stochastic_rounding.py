@@ -104,3 +104,44 @@ def test_what_does_not_fit_is_refused():
         rounding.round_stochastic_(torch.zeros(3, dtype=torch.bfloat16), torch.zeros(2), 1)
     with pytest.raises(ValueError, match=r"2\*\*64"):
         rounding.hash32(-1, 0, 1)
+
+
+def halved(exact: torch.Tensor, key: int, start: int = 0) -> torch.Tensor:
+    weight = torch.empty(exact.shape, dtype=torch.float16)
+    rounding.round_stochastic_(weight, exact, key, start)
+    return weight
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("fraction", [0.01, 0.25, 0.5, 0.9])
+@pytest.mark.parametrize(
+    ("low", "gap"), [(1.0, 2**-10), (0.02, 2**-16), (2**-14 * (1 - 2**-10), 2**-24), (2**-20, 2**-24), (0.0, 2**-24)]
+)
+def test_fp16_goes_to_a_neighbour_and_its_mean_is_exact(low, gap, fraction, sign):
+    """Ordinary numbers, the last below the smallest normal one, subnormal ones, and those below the smallest."""
+    n = 1 << 18
+    low = float(torch.tensor(low, dtype=torch.float16))
+    exact = torch.full((n,), sign * (low + fraction * gap), dtype=torch.float32)
+    found = halved(exact, 11).double()
+    assert set(found.abs().tolist()) == {low, low + gap}
+    p = (exact[0].abs().item() - low) / gap
+    assert abs(float(((found.abs() - low) / gap).mean()) - p) < 5 * math.sqrt(p * (1 - p) / n)
+
+
+def test_every_fp16_number_passes_unchanged():
+    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    found = halved(every.float(), 3)
+    same = found.view(torch.int16) == every.view(torch.int16)
+    assert bool((same | (every.isnan() & found.isnan())).all())
+    assert math.isinf(float(halved(torch.tensor([7e4]), 3)))
+
+
+def test_fp16_pieces_and_small_steps():
+    exact = torch.randn(1000, generator=torch.Generator().manual_seed(1)) * 1e-4
+    assert torch.equal(torch.cat([halved(exact[:300], 5), halved(exact[300:], 5, 300)]), halved(exact, 5))
+    weight = torch.full((4096,), 0.02, dtype=torch.float16)
+    start = float(weight[0])
+    for step in range(200):
+        rounding.write_stochastic_(weight, torch.ones(4096), decay=1.0, alpha=-1e-7, key=step)
+    # the gap is 2^-16; a step has at most half of it as standard deviation
+    assert abs(float(weight.double().mean()) - start - 2e-5) < 5 * 2**-17 * math.sqrt(200 / 4096)

@@ -23,6 +23,7 @@ from tare.kernels.triton import dispatch
 _TYPES = {
     torch.float32: "*fp32",
     torch.int16: "*i16",
+    torch.int32: "*i32",
     torch.uint8: "*u8",
     torch.int8: "*i8",
     torch.bfloat16: "*bf16",

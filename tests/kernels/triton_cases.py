@@ -12,7 +12,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from tare.kernels import blockwise, calls, fourbit, native, native16, native_fourbit, plain, rounding, split24
+from tare.kernels import (
+    blockwise,
+    calls,
+    fourbit,
+    native,
+    native16,
+    native_directions,
+    native_fourbit,
+    plain,
+    rounding,
+    split24,
+)
 from tare.kernels.triton import dense, dispatch, eightbit, products, trial
 from tare.kernels.triton import fourbit as fourbit_kernels
 from tare.methods import registry
@@ -362,6 +373,7 @@ def test_the_trial_passes_and_names_what_goes_wrong(monkeypatch):
 
 def test_counterparts_have_the_arguments_of_the_native_entry_points():
     modules = {"native": native, "native_fourbit": native_fourbit, "native16": native16}
+    modules |= {"native_directions": native_directions}
     for name, counterpart in dispatch.COUNTERPARTS.items():
         module, function = name.split(".")
         theirs = inspect.signature(getattr(modules[module], function)).parameters

@@ -48,7 +48,7 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("key", registry.keys())
+@pytest.mark.parametrize("key", registry.keys("gradient"))
 @pytest.mark.parametrize("settings", SETTINGS, ids=[" ".join(s) or "plain" for s in SETTINGS])
 def test_tiny(key: str, settings: dict) -> None:
     short = {"period": 2} if registry.card(key).every_leaf else {}
@@ -80,7 +80,7 @@ def test_demo_model(key: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS, ids=[" ".join(s) or "plain" for s in SETTINGS])
-@pytest.mark.parametrize("key", registry.keys())
+@pytest.mark.parametrize("key", registry.keys("gradient"))
 def test_demo_model_with_every_method(key: str, settings: dict) -> None:
     plan = tare.plan("llama-9m", batch=8, seq=256, methods=[key], **settings)
     assert plan.row(key).peak == pytest.approx(measured_peak(plan, key), rel=0.05)

@@ -18,9 +18,12 @@ def measured_peaks(plan: Any, key: str, steps: int = 3) -> list[int]:
     """The peak of each of the first steps; the first one computes the bases."""
     s = plan.settings
     model = build_model(s.name, dtype=s.dtype).train()
+    if s.choice(key).storage.weight == "int8":
+        tare.quantize_weights_(model)
     optimizer = s.choice(key).build(model)
     if s.clip_mode != "exact":
-        optimizer.clip_release(1.0, s.clip_mode)
+        optimizer.clip_release(1.0, s.clip_mode, parts=s.clip_parts)
+    optimizer.refresh_release(s.bases.source, parts=s.bases.parts)
     tokens = torch.randint(0, 1000, (s.batch, s.seq), generator=torch.Generator().manual_seed(0))
 
     def loss() -> torch.Tensor:
@@ -84,6 +87,76 @@ def test_staggered_refresh_keeps_one_whole_gradient() -> None:
     row = plan.row("galore")
     assert row.events["first step"] == pytest.approx(first, rel=0.05)
     assert row.events["refresh"] == pytest.approx(max(later), rel=0.05)
+
+
+BASES: dict[str, dict[str, Any]] = {
+    "sum": {},
+    "2 passes": {"refresh_parts": 2},
+    "4 passes": {"refresh_parts": 4},
+    "first": {"refresh_from": "first"},
+}
+
+
+@pytest.mark.parametrize("bases", BASES.values(), ids=BASES)
+@pytest.mark.parametrize("name", ["llama-tiny", "llama-3m"])
+@pytest.mark.parametrize(
+    ("key", "hyper"),
+    [
+        ("galore", {"rank": 8}),
+        ("galore", {"rank": 8, "period": 40, "stagger": True}),
+        ("galore-8bit", {"rank": 32}),
+        ("q-galore", {"rank": 8}),
+        ("compose", {"rank": 8, "basis": "randomized", "period": 1}),
+        ("compose", {"rank": 8, "basis": "gaussian", "side": "left"}),
+    ],
+    ids=["galore", "staggered", "8 bits", "int8 weights", "at every update", "drawn"],
+)
+def test_where_bases_come_from(key: str, hyper: dict[str, Any], name: str, bases: dict[str, Any]) -> None:
+    plan = tare.plan(name, methods=[key], release=True, accumulate=3, hyper=hyper, **bases, **SMALL)
+    measured_peaks(plan, key, 1)
+    first, *later = measured_peaks(plan, key)
+    row = plan.row(key)
+    assert row.peak == pytest.approx(max(first, *later), rel=0.05)
+    assert row.events.get("first step", row.events["refresh"]) == pytest.approx(first, rel=0.05)
+
+
+def test_what_bases_cost() -> None:
+    """In a model that is mostly projected, the first step falls towards the ordinary one."""
+    rows = {
+        what: tare.plan(
+            "llama-60m", methods=["galore"], release=True, accumulate=4, hyper={"rank": 8}, **bases, **SMALL
+        ).row("galore")
+        for what, bases in BASES.items()
+    }
+    peaks = {what: row.events["refresh"] - ordinary(row) for what, row in rows.items()}
+    assert peaks["sum"] > peaks["2 passes"] > peaks["4 passes"] > peaks["first"]
+    assert peaks["4 passes"] < 0.4 * peaks["sum"]
+    assert peaks["first"] < 0.2 * peaks["sum"]
+    assert "twice" in rows["2 passes"].remark
+    assert "first micro-batch" in rows["first"].remark
+    assert not rows["sum"].remark
+
+
+@pytest.mark.parametrize("clip_parts", [1, 3])
+def test_measuring_in_passes(clip_parts: int) -> None:
+    """Two-pass clipping with several micro-batches: each pass holds a share of the whole gradients."""
+    settings = {"methods": ["galore"], "release": True, "accumulate": 3, "hyper": {"rank": 8}, "refresh_parts": 3}
+    plan = tare.plan("llama-3m", clip_mode="two-pass", clip_parts=clip_parts, **settings, **SMALL)
+    measured_peaks(plan, "galore", 1)
+    assert plan.row("galore").peak == pytest.approx(max(measured_peaks(plan, "galore")), rel=0.05)
+    assert f"1/{clip_parts} of" in plan.row("galore").remark or clip_parts == 1
+
+
+def test_advice_computes_bases_in_passes() -> None:
+    settings = {"methods": ["galore"], "release": True, "accumulate": 4, "hyper": {"rank": 8}, "checkpointing": True}
+    peaks = [
+        tare.plan("llama-60m", **settings, **bases, **SMALL).row("galore").peak
+        for bases in (BASES["sum"], BASES["2 passes"])
+    ]
+    plan = tare.plan("llama-60m", budget=sum(peaks) // 2, **settings, **SMALL)
+    assert plan.advice is not None
+    assert plan.advice.fits
+    assert plan.advice.flags == "--refresh-parts 2"
 
 
 @pytest.mark.parametrize(

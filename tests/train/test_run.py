@@ -158,7 +158,7 @@ OTHER: dict[str, Any] = {
     "method.lr": 0.5, "method.rank": 5, "method.weight_decay": 0.5, "method.release": True, "method.options": {"eps": 0.1},
     "method.storage": {"moment": "bf16"}, "train.steps": 20, "train.batch": 3, "train.accumulate": 2,
     "train.schedule": "constant", "train.warmup": 2.0, "train.final_lr_ratio": 0.5, "train.clip": None,
-    "train.clip_mode": "previous",
+    "train.clip_mode": "previous", "train.clip_parts": 2, "train.refresh_from": "first", "train.refresh_parts": 3,
     "train.precision": "bf16", "train.max_bad_steps": 3, "run.out": "x", "run.budget": "9GiB", "run.seed": 9,
     "run.device": "auto", "run.resume": True, "run.checkpoint_every": 9, "run.eval_every": 9, "run.keep": 9, "run.threads": 9,
     "run.tensorboard": True,

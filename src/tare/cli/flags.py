@@ -34,6 +34,9 @@ FLAGS: dict[str, str] = {
     "--warmup": "train.warmup",
     "--clip": "train.clip",
     "--clip-mode": "train.clip_mode",
+    "--clip-parts": "train.clip_parts",
+    "--refresh-from": "train.refresh_from",
+    "--refresh-parts": "train.refresh_parts",
     "--seed": "run.seed",
     "--device": "run.device",
     "--threads": "run.threads",
@@ -53,9 +56,10 @@ GROUPS = {
         "--schedule",
         "--clip",
         "--clip-mode",
+        "--clip-parts",
         "--steps",
     ),
-    "memory": ("--budget", "--precision", "--checkpointing", "--release"),
+    "memory": ("--budget", "--precision", "--checkpointing", "--release", "--refresh-from", "--refresh-parts"),
     "run": ("--out", "--resume", "--checkpoint-every", "--eval-every", "--seed", "--device", "--threads"),
 }
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "compare": "train with several methods on the same data and compare them",
     "plan": "predict the memory that each method needs; which one fits",
     "eval": "loss and perplexity of a trained model",
+    "replay": "apply the seed log of a forward-only run to its base model",
     "methods": "the methods: what each is, its paper, its state, its defaults",
     "bench": "measure the optimizer step against torch and other packages",
 }

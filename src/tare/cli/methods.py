@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from tare.cli import flags
 from tare.cli.output import console, emit, known_method, only_json
+from tare.cli.waiting import waiting
+from tare.core.errors import InputError
+from tare.plan.shapes import check_name, named
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,35 +32,42 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    from tare.methods import registry
+    check_name(args.model)
+    model = named(args.model) or args.model
+    with only_json(args.json), waiting("counting state", "it is counted for every method"):
+        from tare.methods import registry
 
-    if args.key is not None:
-        known_method(args.key, "KEY")
-    with only_json(args.json):
+        if args.key is not None:
+            known_method(args.key, "KEY")
         keys = [args.key] if args.key else sorted(registry.keys(), key=lambda key: (registry.card(key).year, key))
-        weights, state = state_bytes(keys, args.model)
+        weights, state = state_bytes(keys, model)
     if args.json:
-        documents = [document(registry.card(key), args.model, weights, state[key]) for key in keys]
-        emit(documents[0] if args.key else {"model": args.model, "methods": documents})
+        documents = [document(registry.card(key), model, weights, state[key]) for key in keys]
+        emit(documents[0] if args.key else {"model": model, "methods": documents})
     elif args.key:
-        show(registry.card(args.key), args.model, weights, state[args.key])
+        show(registry.card(args.key), model, weights, state[args.key])
     else:
         out = console()
-        out.print(overview([registry.card(key) for key in keys], args.model, weights, state))
+        out.print(overview([registry.card(key) for key in keys], model, weights, state))
         out.print("One method in full: tare methods KEY [--model NAME]. Train with it: tare train --method KEY.")
     return 0
 
 
-def state_bytes(keys: list[str], model: str) -> tuple[int, dict[str, int]]:
-    """Bytes of the fp32 weights, and of each method's state with its preset for the model. Nothing is allocated."""
+def state_bytes(keys: list[str], model: str) -> tuple[int, dict[str, int | str]]:
+    """Bytes of the fp32 weights, and of each method's state with its preset for the model, or why it does not take the model as
+    it is. Nothing is allocated."""
     from tare.plan import steps
-    from tare.plan.models import config_for
+    from tare.plan.models import plannable
     from tare.plan.resolve import resolve
 
-    config = config_for(model)
-    return steps.weight_bytes(config, "fp32"), {
-        key: steps.state_bytes(resolve(key, model), config, "fp32") for key in keys
-    }
+    config = plannable(model)
+    found: dict[str, int | str] = {}
+    for key in keys:
+        try:
+            found[key] = steps.state_bytes(resolve(key, model), config, "fp32")
+        except InputError as error:
+            found[key] = str(error)
+    return steps.weight_bytes(config, "fp32"), found
 
 
 def parameters(key: str) -> list[tuple[str, str, str]]:
@@ -87,7 +97,7 @@ def paper(card: "Card") -> str:
     return f"arXiv {card.arxiv}" if card.arxiv else "-"
 
 
-def overview(cards: "list[Card]", model: str, weights: int, state: dict[str, int]) -> "Table":
+def overview(cards: "list[Card]", model: str, weights: int, state: dict[str, int | str]) -> "Table":
     """The table of all methods."""
     from rich import box
     from rich.table import Table
@@ -101,12 +111,13 @@ def overview(cards: "list[Card]", model: str, weights: int, state: dict[str, int
     table.add_column("state MiB", justify="right", no_wrap=True)
     table.add_column("idea")
     for card in cards:
-        table.add_row(card.key, str(card.year), paper(card), mib(state[card.key]), card.idea)
+        size = state[card.key]
+        table.add_row(card.key, str(card.year), paper(card), mib(size if isinstance(size, int) else None), card.idea)
     table.caption = f"state of {model} (weights {mib(weights)} MiB in fp32) with each method's preset"
     return table
 
 
-def document(card: "Card", model: str, weights: int, state: int) -> dict[str, Any]:
+def document(card: "Card", model: str, weights: int, state: int | str) -> dict[str, Any]:
     """A card as plain values."""
     return {
         "key": card.key,
@@ -122,11 +133,11 @@ def document(card: "Card", model: str, weights: int, state: int) -> dict[str, An
         "limits": list(card.limits),
         "differences": list(card.differences),
         "release": card.release,
-        "state": {"model": model, "bytes": state, "weights_bytes": weights},
+        "state": {"model": model, "bytes": state if isinstance(state, int) else None, "weights_bytes": weights},
     }
 
 
-def show(card: "Card", model: str, weights: int, state: int) -> None:
+def show(card: "Card", model: str, weights: int, state: int | str) -> None:
     """Prints a card in full."""
     from rich import box
     from rich.padding import Padding
@@ -141,25 +152,27 @@ def show(card: "Card", model: str, weights: int, state: int) -> None:
         if lines:
             out.print(Text(title, style="bold"))
             for line in lines:
-                out.print(Padding(Text(line), (0, 0, 0, 2)))
+                out.print(Padding(Text(line), (0, 0, 0, 2), expand=False))
 
     def grid(title: str, rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = ()) -> None:
-        table = Table(box=box.SIMPLE_HEAD if header else None, show_header=bool(header), pad_edge=False)
+        table = Table(
+            box=box.SIMPLE_HEAD if header else None, show_header=bool(header), pad_edge=False, show_edge=False
+        )
         for number in range(len(rows[0]) if rows else 0):
             table.add_column(header[number] if header else "", no_wrap=number == 0)
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
         if rows:
             out.print(Text(title, style="bold"))
-            out.print(Padding(table, (0, 0, 0, 2)))
+            out.print(Padding(table, (0, 0, 0, 2), expand=False))
 
     out.print(Text.assemble((card.key, "bold"), f"  {card.title}"))
-    out.print(Padding(Text(f"{card.authors}, {card.year}, {paper(card)}"), (0, 0, 1, 2)))
+    out.print(Padding(Text(f"{card.authors}, {card.year}, {paper(card)}"), (0, 0, 1, 2), expand=False))
     section("idea", card.idea)
-    share = f"{100 * state / weights:.1f} % of the fp32 weights" if weights else ""
-    section("state", f"{model}: {state:,} bytes ({format_bytes(state)}, {share})")
-    if card.state:
-        section("", f"bytes of an m x n matrix: {card.state}")
+    amount = state if isinstance(state, str) else f"{state:,} bytes ({format_bytes(state)}"
+    if isinstance(state, int):
+        amount += f", {100 * state / weights:.1f} % of the fp32 weights)" if weights else ")"
+    section("state", f"{model}: {amount}", *([f"bytes of an m x n matrix: {card.state}"] if card.state else []))
     grid("how it is made", list(card.axes.items()))
     notes = dict(card.defaults)
     rows = [(name, kind, default, notes.pop(name, "")) for name, kind, default in parameters(card.key)]

@@ -25,13 +25,24 @@ def resolve(args: argparse.Namespace, extra: list[Given] | None = None, saved: s
     `tare train --resume --out runs/a` is enough; flags win over it.
     """
     settings = [*(extra or []), *args.settings]
-    given = build(settings)
-    if getattr(args, "config", None):
-        return build(read(args.config), settings)
-    base = Path(given.run.out).expanduser() / saved
-    if given.run.resume and base.is_file():
-        return build(read(base), [*settings, Given("run.out", given.run.out, "--out")])
+    try:
+        given = build(settings)
+        if getattr(args, "config", None):
+            return build(read(args.config), settings)
+        base = Path(given.run.out).expanduser() / saved
+        if given.run.resume and base.is_file():
+            return build(read(base), [*settings, Given("run.out", given.run.out, "--out")])
+    except InputError as error:
+        raise InputError(_as_given(str(error), settings)) from None
     return given
+
+
+def _as_given(message: str, settings: list[Given]) -> str:
+    """What is wrong with a setting under the name by which it was given: `--budget` and not `run.budget`."""
+    for given in settings:
+        if given.where.startswith("--") and message.startswith(f"{given.path}:"):
+            return given.where + message.removeprefix(given.path)
+    return message
 
 
 def console(file: Any = None) -> "Console":

@@ -7,7 +7,9 @@ import argparse
 
 from tare.cli import flags
 from tare.cli.output import console, emit, method_list, only_json, resolve
+from tare.cli.waiting import waiting
 from tare.core.errors import InputError
+from tare.plan.shapes import check_name
 from tare.train.configfile import flag
 
 DONE, TOO_LARGE = 0, 3
@@ -22,7 +24,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("settings")
     for name in ("--model", "--budget", "--batch", "--accumulate", "--seq", "--rank", "--precision"):
         flags.add_one(group, name)
-    for name in ("--checkpointing", "--release", "--clip-mode", "--method"):
+    for name in ("--checkpointing", "--release", "--refresh-from", "--refresh-parts"):
+        flags.add_one(group, name)
+    for name in ("--clip-mode", "--clip-parts", "--method"):
         flags.add_one(group, name)
     parser.add_argument(
         "--config", metavar="FILE", help="take the settings of a run from a YAML file; flags win over it"
@@ -38,17 +42,20 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("MODEL: missing; give a named size such as llama-7b, or a transformers folder")
     if args.methods is not None and any(given.path == "method.key" for given in args.settings):
         raise InputError("--methods: conflicts with --method; give one of them")
+    check_name(config.model.name)
     methods = method_list(args.methods, "--methods")
     if methods is None and config.method.key != "auto":
         methods = method_list(config.method.key, "--method")
-    with only_json(args.json):
+    hint = "the first time takes longest; what is found out is kept"
+    with only_json(args.json), waiting(f"planning {config.model.name}", hint) as tell:
         from tare.plan.api import plan
-        from tare.plan.report import show
+        from tare.plan.report import show, verdict
 
         method = config.method
         given = {"lr": method.lr, "rank": method.rank, "weight_decay": method.weight_decay, **method.options}
         result = plan(
             config.model.name,
+            progress=tell,
             budget=config.run.budget,
             batch=config.train.batch,
             seq=config.data.seq,
@@ -57,6 +64,9 @@ def run(args: argparse.Namespace) -> int:
             release=method.release,
             accumulate=config.train.accumulate,
             clip_mode=config.train.clip_mode,
+            clip_parts=config.train.clip_parts,
+            refresh_from=config.train.refresh_from,
+            refresh_parts=config.train.refresh_parts,
             precision=config.train.precision,
             storage=method.storage or None,
             hyper={name: value for name, value in given.items() if value is not None},
@@ -64,5 +74,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         emit(result.to_json())
     else:
-        console().print(show(result))
+        out = console()
+        out.print(show(result))
+        for line in verdict(result):
+            out.print(line, style="bold", soft_wrap=True)
     return TOO_LARGE if result.budget is not None and not any(row.fits for row in result.rows) else DONE

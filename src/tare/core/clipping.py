@@ -18,13 +18,14 @@ from tare.core.errors import InputError
 
 Mode = Literal["previous", "two-pass"]
 MODES = ("previous", "two-pass")
+Strict = Literal["leaf", "step"]
 NORM = "released_norm"  # in every parameter group: the norm of the last finished step, 0 before the first one
 _EPS = 1e-6  # torch's, so that the factor is the same
 _BLOCK = 1 << 18  # elements summed in one go on the CPU: in cache, and few enough for an fp32 sum
 
 
 class NotFinite(ArithmeticError):
-    """A gradient is not finite; raised inside backward, before its leaf is stepped."""
+    """A gradient is not finite. Raised inside backward before its leaf is stepped, or at the end of the step; see `clip_release`."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,26 @@ def squared_norm(tensor: Tensor) -> Tensor:
 
 
 def norm_of(squares: Iterable[Tensor]) -> float:
-    """The norm of all leaves together; the order of the leaves changes no bit."""
-    values = [float(value) for value in squares]
-    finite = all(map(math.isfinite, values))
-    return math.sqrt(math.fsum(values)) if finite else math.nan if any(map(math.isnan, values)) else math.inf
+    """The norm of all leaves together, in one read of the device; the order of the leaves changes no bit."""
+    return _root(numbers_of(squares))
+
+
+def numbers_of(scalars: Iterable[Tensor]) -> list[float]:
+    """0-d tensors as numbers. The host waits once for each device and dtype among them, however many there are."""
+    found = list(scalars)
+    places: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for place, scalar in enumerate(found):
+        places.setdefault((scalar.device, scalar.dtype), []).append(place)
+    numbers = [0.0] * len(found)
+    for alike in places.values():
+        for place, number in zip(alike, torch.stack([found[i] for i in alike]).tolist(), strict=True):
+            numbers[place] = number
+    return numbers
+
+
+def _root(squares: list[float]) -> float:
+    finite = all(map(math.isfinite, squares))
+    return math.sqrt(math.fsum(squares)) if finite else math.nan if any(map(math.isnan, squares)) else math.inf
 
 
 def factor_for(norm: float, max_norm: float | None) -> float:
@@ -73,19 +90,25 @@ class Clipping:
         max_norm: the largest norm that a step may have; None gathers the norm and clips nothing.
         mode: whose norm is taken.
         parts: measuring passes per step; each holds only its share of the gradients between micro-batches.
-        strict: raise `NotFinite` at a leaf whose gradient is not finite, instead of stepping it.
+        strict: `leaf`: raise `NotFinite` at a leaf whose gradient is not finite, instead of stepping it, for which the host
+            waits at every leaf. `step`: such a gradient is made zero where it lies, and `end` names the leaf. None: neither.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], max_norm: float | None, mode: Mode, parts: int, strict: bool):
+    def __init__(
+        self, groups: list[dict[str, Any]], max_norm: float | None, mode: Mode, parts: int, strict: Strict | None
+    ):
         if max_norm is not None:
             check_number("max_norm", max_norm)
         check_choice("clip mode", mode, MODES)
+        if strict is not None:
+            check_choice("strict", strict, ("leaf", "step"))
         self._groups, self.max_norm, self.mode, self.strict = groups, max_norm, mode, strict
         self.parts = check_whole("measuring passes", parts)
         self.last: Clipped | None = None
         self.measured: float | None = None  # norm of the step that is about to be taken
         self._share: set[Tensor] | None = None  # leaves of the measuring pass that is going on
         self._squares: dict[Tensor, Tensor] = {}
+        self._checks: dict[str, Tensor] = {}  # of strict "step": by leaf, a number that is finite where the gradient is
         self._stepped: set[Tensor] = set()
         self._factor: float | None = None  # of the step that is going on; 0 drops it
         self._whole = True  # whether every gradient of this step was seen whole
@@ -99,7 +122,7 @@ class Clipping:
     @property
     def wants_pass(self) -> bool:
         """Whether the next step needs a measuring pass: always in two-pass mode, else where there is no step before."""
-        return self.max_norm is not None and (self.mode == "two-pass" or self._groups[0].get(NORM, 0.0) == 0.0)
+        return self.mode == "two-pass" or (self.max_norm is not None and self._groups[0].get(NORM, 0.0) == 0.0)
 
     @contextmanager
     def watch(self, leaves: list[Tensor], part: int) -> Iterator[None]:
@@ -108,7 +131,7 @@ class Clipping:
             raise InputError(f"measuring: part {part} is out of range; there are {self.parts}, counted from 0")
         if part == 0:
             self.forget()
-        self._share = set(_shares(leaves, self.parts)[part])
+        self._share = set(shares(leaves, self.parts)[part])
         try:
             yield
             for p in leaves:  # what only earlier micro-batches gave
@@ -142,33 +165,39 @@ class Clipping:
 
         Raises:
             InputError: two-pass, and no norm was measured; nothing has moved.
-            NotFinite: strict, and the gradient is not finite.
+            NotFinite: strict, and the gradient is not finite; `step`: one of the step before was not, which nothing ended.
         """
-        if p in self._stepped:  # a leaf comes again, so a new step has begun
-            self.end()
+        if p in self._stepped and (fault := self.end()):  # a leaf comes again, so a new step has begun
+            raise NotFinite(fault)
         if self._factor is None:
-            self._factor = self._begin()
+            self._factor = self.factor()
         self._stepped.add(p)
         assert p.grad is not None
         if self.measured is None:
             self._whole = self._whole and part is None
-            self._squares[p] = squared_norm(p.grad)
-            if self.strict:
-                self.require_finite(self._squares[p], name)
+            square = self._squares[p] = squared_norm(p.grad)
+            if self.strict == "leaf":
+                self.require_finite(square, name)
+            elif self.strict == "step":
+                self._checks[name] = square if part is None else square + squared_norm(part)
+                bad = self._checks[name].isfinite().logical_not_()
+                for gradient in (p.grad,) if part is None else (p.grad, part):
+                    gradient.masked_fill_(bad, 0.0)
         if 0.0 < self._factor < 1.0:
             p.grad.mul_(self._factor)
             if part is not None:
                 part.mul_(self._factor)
         return self._factor > 0.0
 
-    def _begin(self) -> float:
+    def factor(self) -> float:
+        """What the gradients of the coming step are multiplied by; 0 drops it. Raises `InputError` as `admit` does."""
         norm = self.measured
+        if norm is None and self.mode == "two-pass":
+            raise InputError(
+                "release with two-pass clipping: the norm of this step was not measured; run its backward inside "
+                "optimizer.measuring() first, or let optimizer.backward(closure) do both passes"
+            )
         if norm is None and self.max_norm is not None:
-            if self.mode == "two-pass":
-                raise InputError(
-                    "release with two-pass clipping: the norm of this step was not measured; run its backward inside "
-                    "optimizer.measuring() first, or let optimizer.backward(closure) do both passes"
-                )
             norm = float(self._groups[0].get(NORM, 0.0))
         if not norm:  # unknown, or nothing to clip
             return 1.0
@@ -180,34 +209,51 @@ class Clipping:
             self.forget()
             raise NotFinite(f"the gradient of {name} is not finite")
 
-    def end(self) -> None:
-        """The step is over: its norm is now that of the step before. One that is not finite is not remembered."""
+    def end(self) -> str:
+        """The step is over: its norm is now that of the step before. One that is not finite is not remembered.
+
+        Returns what was wrong with it, where `strict` is `step`, or nothing.
+        """
         if self._factor is None and self.measured is None:
-            return
-        norm = self.measured
-        if norm is None and self._whole:
-            norm = norm_of(self._squares.values())
-        factor = self._factor if self._factor is not None else self._begin()
-        self.last = Clipped(norm, factor)
+            return ""
+        norm, fault = self.measured, ""
+        if norm is None:
+            count = len(self._squares) if self._whole else 0
+            numbers = numbers_of([*list(self._squares.values())[:count], *self._checks.values()])
+            norm = _root(numbers[:count]) if self._whole else None
+            bad = [name for name, x in zip(self._checks, numbers[count:], strict=True) if not math.isfinite(x)]
+            if bad:
+                fault = f"the gradient of {bad[0]} is not finite" + (f", nor {len(bad) - 1} more" if bad[1:] else "")
+        self.last = Clipped(norm, self._factor if self._factor is not None else self.factor())
         if norm is not None and math.isfinite(norm):
             for group in self._groups:
                 group[NORM] = norm
         self.forget()
+        return fault
 
     def forget(self) -> None:
         """Drop what the step that is going on has gathered; what the step before left stays."""
         self._squares.clear()
+        self._checks.clear()
         self._stepped.clear()
         self._factor = self.measured = None
         self._whole = True
 
 
-def _shares(leaves: list[Tensor], count: int) -> list[list[Tensor]]:
+def shares(leaves: list[Tensor], count: int) -> list[list[Tensor]]:
     """The leaves in runs of about equal bytes."""
-    sizes = [p.numel() * p.element_size() for p in leaves]
-    shares: list[list[Tensor]] = [[] for _ in range(count)]
+    return [[leaves[i] for i in run] for run in runs([p.numel() * p.element_size() for p in leaves], count)]
+
+
+def runs(sizes: list[int], count: int) -> list[list[int]]:
+    """The places 0, 1, ... of `sizes` in `count` runs of about equal sums; a run may be empty.
+
+    >>> runs([4, 1, 1, 2], 2)
+    [[0], [1, 2, 3]]
+    """
+    found: list[list[int]] = [[] for _ in range(count)]
     before, total = 0, max(1, sum(sizes))
-    for p, size in zip(leaves, sizes, strict=True):
-        shares[min(count - 1, (before + size // 2) * count // total)].append(p)
+    for place, size in enumerate(sizes):
+        found[min(count - 1, (before + size // 2) * count // total)].append(place)
         before += size
-    return shares
+    return found

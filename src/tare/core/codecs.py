@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tare.core.random import make_key
 from tare.core.storage import Slot
-from tare.kernels import blockwise, fourbit, groupwise, native, native_fourbit, nibbles, rounding
+from tare.kernels import blockwise, fourbit, groupwise, native, native_fourbit, native_groupwise, nibbles, rounding
 
 
 def fresh(slot: Slot, device: torch.device) -> dict[str, Tensor]:
@@ -61,10 +61,12 @@ def decode(slot: Slot, raw: dict[str, Any], window: slice | None) -> Tensor:
             fourbit.decode(codes, absmax, out.numel(), slot.spec.signed, slot.block, out=out)
         return out
     assert window is None, "affine state is kept for whole matrices"
-    shape = slot.kept_shape
-    if slot.form == "affine4":
-        codes = nibbles.unpack(codes, slot.numel, slot.block)
-    out = groupwise.decode_affine(codes, raw[f"{name}_scale"], raw[f"{name}_zero"], slot.block).view(shape)
+    packed, scale, zero = slot.form == "affine4", raw[f"{name}_scale"], raw[f"{name}_zero"]
+    out = torch.empty(slot.kept_shape, dtype=torch.float32, device=codes.device)
+    if not native_groupwise.decode_into(codes, scale, zero, out, slot.block, packed):
+        if packed:
+            codes = nibbles.unpack(codes, slot.numel, slot.block)
+        groupwise.decode_affine(codes, scale, zero, slot.block, out)
     return out.mT.contiguous() if slot.spec.transposed else out
 
 

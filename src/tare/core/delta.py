@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tare.kernels import device, gemm
+from tare.kernels.paper import few
 
 _BLOCK = 1 << 18  # elements of a block of rows: it stays in cache
 
@@ -21,7 +22,7 @@ class Delta:
     def write(self, weight: Tensor, alpha: float, beta: float) -> None:
         """W <- beta W - alpha U, in place, in the weight's own rounding: by blocks of rows, unless a kind knows better."""
         step = max(1, _BLOCK * weight.shape[0] // max(1, weight.numel()))
-        for start in range(0, weight.shape[0], step):
+        for start in few(range(0, weight.shape[0], step)):
             part = weight[start : start + step]
             if beta != 1.0:
                 part.mul_(beta)

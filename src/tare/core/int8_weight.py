@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from tare.core.errors import InputError
 from tare.core.tensors import is_fake
-from tare.kernels import groupwise
+from tare.kernels import groupwise, native_groupwise
 from tare.kernels.blockwise import chunk_elements
 
 ZeroForm = Literal["symmetric", "affine", "clamped"]
@@ -78,9 +78,14 @@ class Int8Weight(Tensor):
 
     def read(self, start: int, stop: int) -> Tensor:
         """W as fp32, flat, elements start .. stop - 1; `start` is a multiple of `group`."""
-        scale, zero = self._groups(start, stop)
-        middle = scale.new_full((), MIDDLE).expand_as(scale) if zero is None else zero
-        return groupwise.decode_affine(self.codes.view(-1)[start:stop], scale, middle, self.group)
+        out = torch.empty(stop - start, dtype=torch.float32, device=self.codes.device)
+        return self._decode(self.codes.view(-1)[start:stop], *self._groups(start, stop), out)
+
+    def _decode(self, codes: Tensor, scale: Tensor, zero: Tensor | None, out: Tensor) -> Tensor:
+        if not native_groupwise.decode_into(codes, scale, zero, out, self.group):
+            middle = scale.new_full((), MIDDLE).expand_as(scale) if zero is None else zero
+            groupwise.decode_affine(codes, scale, middle, self.group, out)
+        return out
 
     def write(self, start: int, x: Tensor, key: int | None = None, uniform: Tensor | None = None) -> None:
         """Replace elements from `start` (a multiple of `group`) by the fp32 numbers `x` [n], with new scales.
@@ -104,6 +109,20 @@ class Int8Weight(Tensor):
         if own_zero is not None:
             own_zero.copy_(zero)
 
+    def step(self, start: int, update: Tensor, decay: float, alpha: float, key: int | None) -> None:
+        """W <- decay W - alpha U for the elements from `start` (a multiple of `group`) on that fp32 `update` [n] has, with new scales.
+
+        key: as in `write`.
+        """
+        stop = start + update.numel()
+        scale, zero = self._groups(start, stop)
+        codes = self.codes.view(-1)[start:stop]
+        done = native_groupwise.step_(
+            codes, scale, zero, update, group=self.group, form=self.form, decay=decay, alpha=alpha, key=key, start=start
+        )
+        if not done:
+            self.write(start, self.read(start, stop).mul_(decay).sub_(update.mul(alpha)), key)
+
     def _groups(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
         at = slice(start // self.group, -(-stop // self.group))
         return self.scale[at], None if self.zero is None else self.zero[at]
@@ -113,10 +132,10 @@ class Int8Weight(Tensor):
         with torch.no_grad():
             out = torch.empty(self.codes.shape, dtype=dtype or self.dtype, device=self.codes.device)
             if is_fake(self.codes):  # as below, without the loop over chunks
-                torch.empty(min(chunk_elements(self.codes.device), out.numel()), device=out.device)
+                if not native_groupwise.decode_into(self.codes, self.scale, self.zero, out, self.group):
+                    torch.empty(min(chunk_elements(self.codes.device), out.numel()), device=out.device)
                 return out
-            middle = self.scale.new_full((), MIDDLE).expand_as(self.scale) if self.zero is None else self.zero
-            return groupwise.decode_affine(self.codes, self.scale, middle, self.group, out)
+            return self._decode(self.codes, self.scale, self.zero, out)
 
     def rows(self, index: Tensor) -> Tensor:
         """The rows W[index] as a plain tensor [*index, ...]: nothing else is decoded."""

@@ -1,6 +1,6 @@
 """Kept: the forms of a weight that is more or less than its float tensor, and how each is read and written, exactly, in fp32.
 
-`Stochastic`: bf16, rounded at random. `Split24`: bf16 and an 8-bit correction in the state, rounded at random below that. `Int8`:
+`Stochastic`: 16 bits, rounded at random. `Split24`: bf16 and an 8-bit correction in the state, rounded at random below that. `Int8`:
 codes, encoded anew at random.
 `Master`: 16 bits and an fp32 copy in the state.
 """
@@ -62,6 +62,16 @@ class Stochastic:
 
 
 @dataclass(frozen=True)
+class StochasticHalf(Stochastic):
+    """fp16, likewise; no fused kernel writes it."""
+
+    form: ClassVar[str] = "stochastic half"
+
+    def rounding(self, start: int, stop: int) -> dict[str, Any] | None:
+        return None
+
+
+@dataclass(frozen=True)
 class Split24:
     """bf16 `weight` and int8 `low`, which is contiguous whatever the weight is."""
 
@@ -103,8 +113,7 @@ class Int8:
         return self.weight.read(start, stop)
 
     def write(self, start: int, update: Tensor, decay: float, alpha: float) -> None:
-        exact = self.read(start, start + update.numel()).mul_(decay).sub_(update.mul(alpha))
-        self.weight.write(start, exact, self.key)
+        self.weight.step(start, update, decay, alpha, self.key)
         torch.autograd.graph.increment_version(self.weight)
 
     def write_strided(self, update: Tensor, decay: float, alpha: float) -> None:
@@ -155,4 +164,6 @@ def kept_as(weight: Tensor, low: Tensor | None, key: int | None, master: Tensor 
         return Split24(weight, low, key)
     if master is not None:
         return Master(weight, master)
-    return None if key is None else Stochastic(weight, key)
+    if key is None:
+        return None
+    return (StochasticHalf if weight.dtype == torch.float16 else Stochastic)(weight, key)

@@ -15,6 +15,7 @@ from torch import Tensor
 from tare.core import loading
 from tare.core.accounting import Breakdown, Row, explain
 from tare.core.checks import check_betas, check_number, check_whole
+from tare.core.clipping import NotFinite
 from tare.core.errors import InputError
 from tare.core.int8_weight import Int8Weight
 from tare.core.kept import kept_as
@@ -277,7 +278,11 @@ class Optimizer(Releasing, torch.optim.Optimizer):
             notes += self._turns.describe()
         if self._release:
             notes.append("release: every leaf is stepped inside backward and its gradient freed")
-            clipping = self._release.clipping
+            clipping, gathering = self._release.clipping, self._release.gathering
+            if gathering.source == "first":
+                notes.append("with micro-batches, a basis comes from the first one")
+            elif gathering.parts > 1:
+                notes.append(f"with micro-batches, bases come from their sum, in {gathering.parts} passes")
             if clipping is not None and clipping.max_norm is not None:
                 notes.append(f"clipped to norm {clipping.max_norm:g}, {clipping.mode}")
         return explain(self._rows(), notes, every_leaf)
@@ -286,12 +291,17 @@ class Optimizer(Releasing, torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient. closure: reevaluates the model and returns the loss."""
+        """One update of every parameter that has a gradient. closure: reevaluates the model and returns the loss.
+
+        Raises `NotFinite` in release mode with `strict="step"`, after the update, if a gradient was not finite.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for p in self._release.waiting() if self._release else ():  # no gradient in the last micro-batch, but before
+        fault = ""
+        # what had no gradient in the last micro-batch, but before
+        for p in self._release.gathering.waiting() if self._release else ():
             p.grad = torch.zeros_like(p)
             self._step_in_backward(p)
         ready = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
@@ -304,10 +314,12 @@ class Optimizer(Releasing, torch.optim.Optimizer):
         else:
             for p, _ in ready:
                 self._step_released(p)
-            self._release.clipping.end()
+            fault = self._release.clipping.end()
         if self._turns:
             self._turns.advance(self.state)
         self.stepped()
+        if fault:
+            raise NotFinite(fault)
         return loss
 
     def stepped(self) -> None:
@@ -337,24 +349,35 @@ class Optimizer(Releasing, torch.optim.Optimizer):
             for work in alone + transform.update_many(fused):
                 update_leaf(transform, work)
 
-    def _work(self, p: Tensor, entry: Entry, group: dict[str, Any], compressed: Tensor | None = None) -> Work:
-        grad = p.grad
-        assert grad is not None
+    def _work(
+        self, p: Tensor, entry: Entry, group: dict[str, Any], compressed: Tensor | None = None, *, ahead: bool = False
+    ) -> Work:
+        """One leaf's part in the step that begins; ahead: in the coming one, which is not counted yet."""
+        grad = self._gradient(p)
         if grad.is_sparse:
             raise InputError(
                 f"{entry.leaf.name}: sparse gradients are not supported; build the embedding with sparse=False"
             )
         raw = self._raw(p, entry)
-        raw["step"] += 1
-        step = self._step_of(p, entry, group, raw["step"])
+        count = raw["step"] + 1
+        if not ahead:
+            raw["step"] = count
+        step = self._step_of(p, entry, group, count)
         state = State(raw, entry.slots, key=step.random_key(step.count, "state"))
         weight = p.detach() if p.requires_grad and not is_fake(p) else p
-        rounded = (self.storage.weight != "plain" and p.dtype == torch.bfloat16) or isinstance(p, Int8Weight)
+        form, half = self.storage.weight, p.dtype == torch.float16
+        rounded = form == "stochastic" if half else form != "plain" and p.dtype == torch.bfloat16
+        rounded = rounded or isinstance(p, Int8Weight)
         noise = step.random_key(step.count, "weight") if rounded else None
         kept = kept_as(weight, raw.get(LOW), noise, raw.get(MASTER))
         decay = float(group["weight_decay"])
         step = replace(step, kept=kept) if kept is not None else step
         return Work(weight, grad, state, step, decay, entry.decay, group["maximize"], compressed, noise, kept)
+
+    def _gradient(self, p: Tensor) -> Tensor:
+        """What a parameter is stepped with; optimizers that estimate it override this."""
+        assert p.grad is not None
+        return p.grad
 
     def _step_of(self, p: Tensor, entry: Entry, group: dict[str, Any], count: int) -> Step:
         lr, seed = float(group["lr"]) * entry.transform.rate, int(group["seed"])
@@ -366,7 +389,7 @@ class Optimizer(Releasing, torch.optim.Optimizer):
         """As in torch; in release mode also what micro-batches have gathered so far is dropped."""
         super().zero_grad(set_to_none)
         if self._release:
-            self._release.clear()
+            self._release.gathering.clear()
 
     def close(self) -> None:
         """Remove the release hooks, and give leaves that rest their gradients back."""

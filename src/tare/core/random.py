@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from tare.core.tensors import is_fake
+from tare.kernels.paper import few
 from tare.kernels.rounding import hash32, mix32
 
 _CHUNK = 1 << 18  # elements mixed at once: keeps the int64 temporaries at 2 MiB
@@ -63,17 +64,19 @@ def _quantiles(device: str) -> Tensor:
     return z.to(torch.float32).to(device)
 
 
-def normal(key: int, shape: tuple[int, ...], device: torch.device | str = "cpu", scale: float = 1.0) -> Tensor:
-    """Standard normals times `scale`, float32, the same on every device. Support ends near +-6.
+def normal(
+    key: int, shape: tuple[int, ...], device: torch.device | str = "cpu", scale: float = 1.0, start: int = 0
+) -> Tensor:
+    """Standard normals times `scale`, float32, the same on every device: elements from `start` on. Support ends near +-6.
 
     >>> normal(7, (2, 3)).equal(normal(7, (2, 3)))
     True
     """
     out = torch.empty(math.prod(shape), dtype=torch.float32, device=device)
     table = _table(out)
-    for start in range(0, out.numel(), _CHUNK):
-        count = min(_CHUNK, out.numel() - start)
-        word = bits(key, start, count, out.device)
+    for first in few(range(0, out.numel(), _CHUNK)):
+        count = min(_CHUNK, out.numel() - first)
+        word = bits(key, start + first, count, out.device)
         part = table.index_select(0, word & 0xFFFF).add_(table.index_select(0, word >> 16))
-        out[start : start + count] = part.mul_(scale) if scale != 1.0 else part
+        out[first : first + count] = part.mul_(scale) if scale != 1.0 else part
     return out.view(shape)

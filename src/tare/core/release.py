@@ -1,7 +1,7 @@
 """Release: stepping a leaf inside backward, as soon as its gradient is whole, and freeing the gradient at once.
 
-Here are the hooks, what micro-batches leave behind, and the optimizer's own side of it; the norm of a step whose gradients are
-never all there is `core.clipping`.
+Here are the hooks and the optimizer's own side of it. What micro-batches leave behind is `core.gathering`; the norm of a step whose
+gradients are never all there is `core.clipping`.
 """
 
 import math
@@ -14,26 +14,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tare.core.clipping import NORM, Clipped, Clipping, Mode, squared_norm
+from tare.core.clipping import NORM, Clipped, Clipping, Mode, Strict, squared_norm
 from tare.core.errors import InputError
+from tare.core.gathering import Gathering, Source
 from tare.core.state import State
+from tare.core.write import prepare_leaf
 
 if TYPE_CHECKING:
     from tare.core.optimizer import Entry
-    from tare.core.transform import Step
+    from tare.core.transform import Step, Work
 
 
 class Release:
-    """The hooks of one optimizer, and what it has gathered between micro-batches.
-
-    Back-projecting methods sum the *projected* gradient ([r, n] instead of [m, n]), which is exact while the basis stays.
-    """
+    """The hooks of one optimizer, what it has gathered between micro-batches, and its clipping."""
 
     def __init__(self, step: Callable[[Tensor], None]):
         self._step = step
         self._handles: list[Any] = []
-        self._parts: dict[Tensor, Tensor] = {}
         self.accumulating = False
+        self.gathering = Gathering()
         self.clipping: Clipping | None = None
 
     def attach(self, parameters: Iterable[Tensor]) -> None:
@@ -45,23 +44,6 @@ class Release:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-
-    def add(self, p: Tensor, part: Tensor) -> None:
-        if p in self._parts:
-            self._parts[p].add_(part)
-        else:
-            self._parts[p] = part
-
-    def take(self, p: Tensor) -> Tensor | None:
-        return self._parts.pop(p, None)
-
-    def clear(self) -> None:
-        """Forget what was gathered: the step it belonged to is dropped."""
-        self._parts.clear()
-
-    def waiting(self) -> list[Tensor]:
-        """Leaves whose gathered gradients no backward has stepped."""
-        return list(self._parts)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -99,14 +81,21 @@ class Releasing:
 
         def _raw(self, p: Tensor, entry: Entry) -> dict[str, Any]: ...
         def _step_of(self, p: Tensor, entry: Entry, group: dict[str, Any], count: int) -> Step: ...
+        def _work(self, p: Tensor, entry: Entry, group: dict[str, Any], *, ahead: bool = False) -> Work: ...
         def _update(self, ready: Iterable[tuple[Tensor, dict[str, Any]]], compressed: Tensor | None = None) -> None: ...
 
     @torch.no_grad()
     def _step_in_backward(self, p: Tensor) -> None:
         assert self._release is not None
-        clipping = self._release.clipping
+        clipping, gathering = self._release.clipping, self._release.gathering
         if clipping is not None and clipping.measuring:
             clipping.measure(p, more=self._release.accumulating)
+        elif gathering.share is not None:
+            if p in gathering.share and self._release.accumulating:
+                return
+            if p in gathering.share:
+                self._prepare_from_sum(p)
+            p.grad = None
         elif self._release.accumulating:
             self._gather(p)
         else:
@@ -114,14 +103,17 @@ class Releasing:
 
     def _gather(self, p: Tensor) -> None:
         """One micro-batch of several: keep the projected gradient where that is enough, else the whole one in p.grad."""
-        entry, release, part = self._entries[p], self._release, self._compressed(p)
+        entry, release = self._entries[p], self._release
         assert release is not None
         assert p.grad is not None
-        if release.clipping is not None and release.clipping.strict:
+        if entry.projects and (release.gathering.source == "first" or entry.transform.drawn):
+            self._prepare(p, whole=False)
+        part = self._compressed(p)
+        if release.clipping is not None and release.clipping.strict == "leaf":
             # Nothing has been stepped yet: a bad micro-batch is best seen now. It shows in its projection too.
             release.clipping.require_finite(squared_norm(p.grad if part is None else part), entry.leaf.name)
         if part is not None:
-            release.add(p, part)
+            release.gathering.add(p, part)
             p.grad = None
 
     def _compressed(self, p: Tensor) -> Tensor | None:
@@ -130,20 +122,44 @@ class Releasing:
         if not entry.transform.accumulates:
             return None
         assert p.grad is not None
+        return entry.transform.compress(p.grad, *self._coming(p))
+
+    def _coming(self, p: Tensor) -> tuple[State, "Step"]:
+        """A leaf's state, to read, and its coming step."""
+        entry = self._entries[p]
         raw = self._raw(p, entry)
-        step = self._step_of(p, entry, entry.group, raw["step"] + 1)
-        return entry.transform.compress(p.grad, State(raw, entry.slots), step)
+        return State(raw, entry.slots), self._step_of(p, entry, entry.group, raw["step"] + 1)
+
+    def _due(self, p: Tensor) -> bool:
+        """Whether micro-batches cannot be summed as projections in the coming step, because a basis is computed from their sum."""
+        return self._entries[p].projects and self._entries[p].transform.due(*self._coming(p))
+
+    def _prepare(self, p: Tensor, whole: bool) -> None:
+        """Compute the basis of the coming step from p.grad, if it is due and p.grad can give one."""
+        if self._due(p):
+            entry = self._entries[p]
+            prepare_leaf(entry.transform, self._work(p, entry, entry.group, ahead=True), whole)
+
+    def _prepare_from_sum(self, p: Tensor) -> None:
+        """The same, from the sum of all micro-batches as the step itself would see it: clipped."""
+        assert self._release is not None
+        factor = self._release.clipping.factor() if self._release.clipping else 1.0
+        if 0.0 < factor < 1.0:
+            assert p.grad is not None
+            p.grad.mul_(factor)
+        if factor > 0.0:
+            self._prepare(p, whole=True)
 
     def _step_released(self, p: Tensor) -> None:
         assert self._release is not None
-        entry, part = self._entries[p], self._release.take(p)
+        entry, part = self._entries[p], self._release.gathering.take(p)
         clipping = self._release.clipping
         if clipping is None or clipping.admit(p, part, entry.leaf.name):
             self._update([(p, entry.group)], part)
         p.grad = None
 
     def clip_release(
-        self, max_norm: float | None, mode: Mode = "previous", *, parts: int = 1, strict: bool = False
+        self, max_norm: float | None, mode: Mode = "previous", *, parts: int = 1, strict: bool | Strict = False
     ) -> None:
         """Clip by the norm of all gradients although release mode never has them together; any method.
 
@@ -154,17 +170,21 @@ class Releasing:
         the parameter groups, hence in checkpoints.
 
         Args:
-            max_norm: the largest norm a step may have; None: the norm is only gathered, for `clipped`.
+            max_norm: the largest norm a step may have; None: the norm is only gathered, for `clipped`, and with two-pass
+                still drops a step whose norm is not finite.
             mode: `previous` or `two-pass`.
             parts: two-pass with micro-batches: measuring passes, each of which holds 1/parts of the summed gradients.
-            strict: raise `tare.core.clipping.NotFinite` inside backward, before the leaf with that gradient is stepped.
+            strict: what becomes of a gradient that is not finite where no first pass has found it. `leaf`, or True: raise
+                `tare.core.clipping.NotFinite` inside backward, before its leaf is stepped; on a GPU the host waits for each
+                leaf. `step`: it counts as zero, without waiting, and `step` raises at its end, when all leaves are stepped.
 
         Raises:
             InputError: not in release mode, or a value out of range.
         """
         if self._release is None:
             raise InputError("clip_release: the optimizer has release=False; use torch.nn.utils.clip_grad_norm_ there")
-        self._release.clipping = Clipping(self.param_groups, max_norm, mode, parts, strict)
+        how: Strict | None = "leaf" if strict is True else strict or None
+        self._release.clipping = Clipping(self.param_groups, max_norm, mode, parts, how)
         for group in (self.defaults, *self.param_groups):
             group.setdefault(NORM, 0.0)
 
@@ -172,6 +192,65 @@ class Releasing:
     def clipped(self) -> Clipped | None:
         """Norm and factor of the last finished step in release mode; None without `clip_release`, or before it."""
         return self._release.clipping.last if self._release and self._release.clipping else None
+
+    def refresh_release(self, source: Source = "sum", *, parts: int = 1) -> None:
+        """What a new basis is computed from where a step has several micro-batches; only back-projecting methods have a choice.
+
+        `sum`: from the sum of their whole gradients, as without release. With parts=1 all of them are held until the step. With
+        more, a step that computes bases runs its micro-batches `parts` times and holds 1/parts of them each time: the same
+        bases, and a lower peak for more time at a refresh. `first`: from the first micro-batch that gives the leaf a usable
+        gradient: neither memory nor time, but a noisier basis than the published one.
+
+        A basis that is drawn from its key needs no gradient, and is drawn before the first micro-batch in any case.
+
+        Args:
+            source: `sum` or `first`.
+            parts: with `sum`, passes over the micro-batches of such a step, the one that steps included.
+
+        Raises:
+            InputError: not in release mode, or a value out of range.
+        """
+        if self._release is None:
+            raise InputError("refresh_release: the optimizer has release=False; there, gradients are whole anyway")
+        self._release.gathering = Gathering(source, parts)
+
+    @property
+    def refresh_passes(self) -> int:
+        """How many passes inside `refreshing` the coming step needs before the one that steps, if it has several micro-batches."""
+        if self._release is None or self._release.gathering.parts == 1:
+            return 0
+        return max(0, len(self._release.gathering.split(*self._projected())) - 1)
+
+    def _projected(self) -> tuple[list[Tensor], int]:
+        """The leaves whose basis the coming step computes from a gradient, and the bytes of all leaves that ever do."""
+        own = [p for p, e in self._entries.items() if p.requires_grad and e.projects and not e.transform.drawn]
+        return [p for p in own if self._due(p)], sum(p.numel() * p.element_size() for p in own)
+
+    @contextmanager
+    def refreshing(self, part: int = 0) -> Iterator[None]:
+        """Backward inside this only computes the bases of one share of the leaves, from the sum of whole gradients; it steps nothing.
+
+        All micro-batches of the step belong inside, all but the last in `accumulating`; after `measuring`, before the pass that
+        steps. part: which of `refresh_passes` passes.
+
+        Raises:
+            InputError: there is no such pass.
+        """
+        if self._release is None:
+            raise InputError("refreshing: the optimizer has release=False; there, gradients are whole anyway")
+        gathering = self._release.gathering
+        if part == 0:
+            gathering.begin(*self._projected())
+        with gathering.watch(part) as leaves:
+            try:
+                yield
+                with torch.no_grad():
+                    for p in leaves:  # what only earlier micro-batches gave
+                        if p.grad is not None:
+                            self._prepare_from_sum(p)
+            finally:
+                for p in leaves:
+                    p.grad = None
 
     @contextmanager
     def measuring(self, part: int = 0) -> Iterator[None]:
@@ -193,8 +272,8 @@ class Releasing:
 
         Args:
             losses: one function for each micro-batch, which returns its share of the loss. Called once more for each measuring
-                pass, with the same random numbers, so that dropout falls the same. What forward changes besides (the
-                statistics of a batch norm) changes that often.
+                pass and each pass that computes bases (`refresh_release`), with the same random numbers, so that dropout falls
+                the same. What forward changes besides (the statistics of a batch norm) changes that often.
 
         Returns:
             The losses, detached. If the measured norm is not finite they are those of the measuring pass, and nothing was stepped.
@@ -212,13 +291,16 @@ class Releasing:
         if not losses:
             raise InputError("backward: no loss given; pass a function that returns it for each micro-batch")
         clipping = self._release.clipping if self._release else None
+        devices = {p.device for p in self._entries}
         if clipping is not None and clipping.wants_pass:
-            devices = {p.device for p in self._entries}
             for part in range(clipping.parts):
                 with rehearsal(devices), self.measuring(part):
                     values = self._backward(losses)
             if not math.isfinite(clipping.measured or 0.0):
                 return values
+        for part in range(self.refresh_passes if len(losses) > 1 else 0):
+            with rehearsal(devices), self.refreshing(part):
+                self._backward(losses)
         return self._backward(losses)
 
     def _backward(self, losses: tuple[Callable[[], Tensor], ...]) -> list[Tensor]:

@@ -35,7 +35,7 @@ class Storage:
             pretraining scripts do: second moments with beta2 = 0.999 never decay there. Only to reproduce tables.
         basis: `fp32`, `bf16`, `int8` or `int4` (affine groups, Q-GaLore, arXiv 2407.08296), or `seed` (random bases only:
             drawn again at every step instead of kept).
-        weight: `plain`; `stochastic` rounding of bf16 weights; `split24`: a bf16 weight with an 8-bit correction in the state,
+        weight: `plain`; `stochastic` rounding of 16-bit weights; `split24`: a bf16 weight with an 8-bit correction in the state,
             stepped in fp32 and kept in 24 bits (rounded stochastically below), so that small steps add up as in an fp32
             master copy, at 3 bytes; `int8`: of
             the weights that `tare.quantize_weights_` has made int8, stepped in fp32 and encoded with stochastic rounding
@@ -148,8 +148,6 @@ class Storage:
             raise InputError(f"storage.weight: 'master' is for float weights; {leaf.name} is int8; use 'int8'")
         if quantized and leaf.dtype not in (torch.float32, torch.bfloat16):
             raise InputError(f"{leaf.name}: int8 weights stand for fp32 or bf16 ones, not {name}; cast the model back")
-        if self.weight == "stochastic" and leaf.dtype == torch.float16:
-            raise InputError(f"storage.weight: 'stochastic' rounds bf16 weights; {leaf.name} is float16")
 
     @classmethod
     def of(cls, value: "Storage | dict[str, Any] | None") -> "Storage":

@@ -3,9 +3,9 @@
 A transform is a frozen dataclass of hyperparameters. It never holds tensors: state lives in the optimizer, described by `StateSpec`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ class Step:
 
     count: 1-based number of this update of the leaf. key: the leaf's name for randomness. phase: the leaf's share
     in [0, 1) of a staggered period. weight: the parameter itself, to read only. options: its parameter group.
-    kept: how the weight is kept where that is more than `weight` shows.
+    kept: how the weight is kept where that is more than `weight` shows. past: the gradients of former steps, for rules that recall.
     """
 
     lr: float
@@ -63,6 +63,7 @@ class Step:
     phase: float = 0.0
     options: Mapping[str, Any] = field(default_factory=dict)
     kept: "Kept | None" = None
+    past: "Former | None" = None
 
     def random_key(self, number: int, purpose: str = "") -> int:
         """Key of the counter-based generator for draw `number` of this leaf."""
@@ -76,6 +77,20 @@ class Step:
     def since(self, count: int) -> "Step":
         """The same step, counted from a reset."""
         return replace(self, count=count)
+
+
+class Former(Protocol):
+    """The gradients of a leaf at former steps of the run, put together again when they are asked for."""
+
+    latest: int  # number of the last one; -1 where there is none
+
+    def __call__(self, start: int, stop: int, since: int = 0, most: int | None = None) -> Iterator[Tensor]:
+        """Elements start .. stop - 1, flat, oldest first: of steps from number `since` on, and of the last `most` of them."""
+        ...
+
+    def older(self, most: int | None) -> tuple[int, float]:
+        """How many steps lie before the last `most`, and what is kept of their mean squares."""
+        ...
 
 
 @dataclass
@@ -132,6 +147,9 @@ class Transform:
         1.0  # matrices of the leaf's size (fp32) that an ordinary step may need beside weight, gradient and state
     )
     accumulates: ClassVar[bool] = False  # whether `compress` exists: small exact accumulation between micro-batches
+    drawn: bool = False  # whether what a due step computes is drawn from a key, so that it needs no gradient
+    recalls: int | None = 0  # gradients of former steps that it wants to be told again (`Step.past`); None: all of them
+    proportional: float | None = None  # U = this x G and no state, where that is all: then nobody needs G itself
     rests: ClassVar[bool] = False  # whether a leaf under it is left alone: neither stepped nor decayed nor counted
     rotation: "Rotation | None" = None  # leaves under an equal one take turns in being active: see `core.blocks`
 
@@ -159,8 +177,18 @@ class Transform:
         """Raise InputError where this transform cannot act on `leaf` with this storage."""
 
     def compress(self, grad: Tensor, state: "State", step: Step) -> Tensor | None:
-        """The gradient in the form that may be summed over micro-batches; None when this step needs it whole."""
+        """The gradient in the form that may be summed over micro-batches; None when this step needs it whole: it is due."""
         return None
+
+    def due(self, state: "State", step: Step) -> bool:
+        """Whether this step first computes something, such as a basis, without which its gradients cannot be summed small."""
+        return False
+
+    def prepare(self, grad: Tensor, state: "State", step: Step, whole: bool) -> None:
+        """Do that now, once, ahead of the step. A gradient that cannot give it changes nothing, and the step stays due.
+
+        whole: whether `grad` is that of the step, or only of the first of its micro-batches.
+        """
 
     def shared(self, leaf: Leaf) -> dict[str, int]:
         """Bytes of constants kept once for all leaves, by name (a table of cosines): not state, but memory."""

@@ -1,12 +1,14 @@
 """Writing: one leaf's plain update, from gradient to weight. Chunked where the rule is element-wise, so that temporaries stay small."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from tare.core.delta import Delta, Dense, materialise
 from tare.core.transform import Transform, Work
+from tare.kernels.paper import few
 
 # Elements handled at once by element-wise rules: weight, gradient, moment and direction of a chunk (4 MiB of fp32) stay in
 # the private caches of two cores, and the temporaries are small.
@@ -20,22 +22,41 @@ def _chunk(work: Work) -> int:
 
 def update_leaf(transform: Transform, work: Work) -> None:
     """W <- W after one step of `transform`; state is advanced and encoded."""
-    if transform.sharding == "elementwise" and work.weight.numel() > _chunk(work) and _flat(work):
-        block = math.lcm(*(slot.block for slot in work.state.slots.values()))
-        block = math.lcm(block, work.kept.align if work.kept else 1)
-        size = -(-_chunk(work) // block) * block
+    if work.weight.numel() > _chunk(work) and by_pieces(transform, work.weight) and work.grad.is_contiguous():
         grad = work.grad.view(-1)
-        for start in range(0, work.weight.numel(), size):
-            stop = min(start + size, work.weight.numel())
-            state = work.state.part(start, stop)
-            delta = transform.update(_seen(grad[start:stop], work, start, stop), state, work.step)
-            write((stop - start,), delta, work, start)
-            state.flush()
+        update_pieces(transform, work, lambda start, stop: grad[start:stop])
         return
     grad = _seen(work.grad, work, 0, work.weight.numel())
     compressed = work.compressed.neg() if work.maximize and work.compressed is not None else work.compressed
     delta = transform.update(grad, work.state, work.step, compressed)
     write(_shape(work, delta), delta, work, 0)
+    work.state.flush()
+
+
+def by_pieces(transform: Transform, weight: Tensor) -> bool:
+    """Whether a leaf can be stepped piece by piece."""
+    return transform.sharding == "elementwise" and weight.is_contiguous()
+
+
+def update_pieces(transform: Transform, work: Work, gradient: Callable[[int, int], Tensor]) -> None:
+    """`update_leaf` of a leaf that can be stepped by pieces.
+
+    gradient: elements start .. stop - 1 of it, flat; asked for once each, in order, when all pieces before have been written.
+    """
+    block = math.lcm(*(slot.block for slot in work.state.slots.values()))
+    block = math.lcm(block, work.kept.align if work.kept else 1)
+    size = -(-_chunk(work) // block) * block
+    for start in range(0, work.weight.numel(), size):
+        stop = min(start + size, work.weight.numel())
+        state = work.state.part(start, stop)
+        delta = transform.update(_seen(gradient(start, stop), work, start, stop), state, work.step)
+        write((stop - start,), delta, work, start)
+        state.flush()
+
+
+def prepare_leaf(transform: Transform, work: Work, whole: bool) -> None:
+    """What a due step does first with the gradient, ahead of the step: see `Transform.prepare`."""
+    transform.prepare(_seen(work.grad, work, 0, work.weight.numel()), work.state, work.step, whole)
     work.state.flush()
 
 
@@ -51,10 +72,6 @@ def _seen(grad: Tensor, work: Work, start: int, stop: int) -> Tensor:
     else:
         weight = work.weight if grad.shape == work.weight.shape else work.weight.view(-1)[start:stop]
     return grad.to(dtype).add(weight.to(dtype), alpha=work.weight_decay)
-
-
-def _flat(work: Work) -> bool:
-    return work.weight.is_contiguous() and work.grad.is_contiguous()
 
 
 def _shape(work: Work, delta: Delta) -> tuple[int, ...]:
@@ -111,6 +128,6 @@ def write(shape: tuple[int, ...], delta: Delta, work: Work, offset: int) -> None
     rows = max(1, _chunk(work) // width)
     together = kept.align // math.gcd(width, kept.align)  # rows that make up whole groups
     rows = -(-rows // together) * together
-    for start in range(0, shape[0], rows):
+    for start in few(range(0, shape[0], rows)):
         update = delta.rows(start, min(start + rows, shape[0])).float()
         kept.write(offset + start * width, update.contiguous().view(-1), beta, alpha)

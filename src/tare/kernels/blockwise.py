@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from tare.kernels.paper import few
+
 BLOCK = 256
 """Elements that share one scale; the default of bitsandbytes since 0.44."""
 
@@ -169,7 +171,7 @@ def pieces(numel: int, block: int, device: torch.device) -> Iterator[tuple[int, 
     """(start, stop, width) of pieces that are whole rows of `width`: chunks of full blocks, then the partial block by itself."""
     full = numel // block * block
     chunk = max(1, chunk_elements(device) // block) * block
-    for start in range(0, full, chunk):
+    for start in few(range(0, full, chunk)):
         yield start, min(start + chunk, full), block
     if full < numel:
         yield full, numel, numel - full

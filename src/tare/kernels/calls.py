@@ -12,7 +12,7 @@ from typing import ParamSpec
 import torch
 from torch import Tensor
 
-from tare.kernels import library, rounding
+from tare.kernels import library, paper, rounding
 from tare.kernels.library import Noise
 from tare.kernels.triton import dispatch
 
@@ -55,7 +55,8 @@ def on_paper() -> Iterator[None]:
     """
     token = _rehearsing.set(library.available())
     try:
-        yield
+        with paper.sparing():
+            yield
     finally:
         _rehearsing.reset(token)
 

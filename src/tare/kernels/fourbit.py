@@ -21,6 +21,7 @@ from tare.kernels.blockwise import (
     keyed_candidates,
 )
 from tare.kernels.nibbles import pack, packed_numel, unpack
+from tare.kernels.paper import few
 
 BLOCK = 128
 """Elements that share one scale; the paper's: outliers of moments lie in whole rows or columns, and 2048 is too coarse for 4 bits."""
@@ -174,7 +175,7 @@ def encode_into(x: Tensor, codes: Tensor, absmax: Tensor, signed: bool, block: i
 def _chunks(numel: int, block: int, device: torch.device) -> list[tuple[int, int]]:
     """(start, stop) of runs of whole blocks; the last one may end with a partial block."""
     chunk = max(1, chunk_elements(device) // block) * block
-    return [(start, min(start + chunk, numel)) for start in range(0, numel, chunk)]
+    return [(start, min(start + chunk, numel)) for start in few(range(0, numel, chunk))]
 
 
 def encode(x: Tensor, signed: bool, block: int = BLOCK) -> tuple[Tensor, Tensor]:

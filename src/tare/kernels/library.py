@@ -34,6 +34,23 @@ class Rates(ctypes.Structure):
     _fields_ = [("step", Step), ("first", Noise), ("second", Noise)]
 
 
+class Light(ctypes.Structure):
+    """The numbers of one step of a rule of `native_light`, as light.hpp lays them out; up to four moments."""
+
+    _fields_ = [
+        *((f"{x}{i}", ctypes.c_float) for i in (1, 2, 3) for x in ("beta", "rest")),
+        *((x, ctypes.c_float) for x in ("eps", "mix", "width", "factor", "decay", "alpha")),
+        ("weight", Noise),
+        ("moments", Noise * 4),
+    ]
+
+
+class Directions(ctypes.Structure):
+    """The numbers of one write of random directions, as directions.hpp lays them out."""
+
+    _fields_ = [*((x, ctypes.c_double) for x in ("decay", "alpha", "scale")), ("noise", Noise)]
+
+
 _lock = threading.Lock()
 _trial = threading.local()  # the library that this thread is testing; nobody else sees it before it has passed
 _library: ctypes.CDLL | None = None
@@ -56,7 +73,16 @@ def _declare(library: ctypes.CDLL) -> None:
         "tare_encode4": [p, i, p, p, n, i, i, i],
         "tare_adamw16": [p, i, p, p, i, p, p, i, n, i, ctypes.POINTER(Rates)],
         "tare_write_split": [p, p, p, n, i, step],
+        "tare_light": [i, p, i, p, p, i, p, i, i, n, i, ctypes.POINTER(Light)],
         "tare_decode4": [p, p, p, n, i, i, i],
+        "tare_squares": [p, i, n, n, i, p, i],
+        "tare_project": [p, i, p, n, n, i, p, p, i],
+        "tare_inner": [p, p, n, n, i, p, p, i],
+        "tare_sinkhorn": [p, n, n, i, p, i],
+        "tare_mirror": [p, n, i],
+        "tare_groups_step": [p, p, p, p, n, i, i, i, step],
+        "tare_groups_decode": [p, i, p, p, p, p, i, n, i, i],
+        "tare_directions": [i, p, p, i, p, p, p, i, n, ctypes.c_uint32, i, ctypes.POINTER(Directions)],
     }.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, None

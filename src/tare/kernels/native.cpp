@@ -301,3 +301,7 @@ void tare_decode(float* x, uint8_t* c, float* a, int64_t n, int block, int is_si
 
 #include "fourbit.hpp"
 #include "sixteen.hpp"
+#include "directions.hpp"
+#include "light.hpp"
+#include "norms.hpp"
+#include "groupwise.hpp"

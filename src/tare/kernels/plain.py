@@ -11,12 +11,13 @@ from torch import Tensor
 
 from tare.kernels import blockwise, fourbit, rounding, split24
 from tare.kernels.nibbles import packed_numel
+from tare.kernels.paper import few
 
 
 def _chunks(weight: Tensor, block: int) -> Iterator[tuple[slice, slice]]:
     """(elements, scales) of chunks of whole blocks."""
     chunk = max(1, blockwise.chunk_elements(weight.device) // block) * block
-    for start in range(0, weight.numel(), chunk):
+    for start in few(range(0, weight.numel(), chunk)):
         stop = min(start + chunk, weight.numel())
         yield slice(start, stop), slice(start // block, blockwise.absmax_numel(stop, block))
 

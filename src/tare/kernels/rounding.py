@@ -1,4 +1,4 @@
-"""Stochastic rounding to bf16 from a counter hash, in plain torch operations; the twin of the native write.
+"""Stochastic rounding to 16 bits from a counter hash, in plain torch operations; to bf16 it is the twin of the native write.
 
 Each element's noise is a pure function of a key and of the element's index, so it is the same on every device, for every thread count
 and for every way of cutting the work.
@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from tare.kernels.paper import few
 
 MASK = 0xFFFFFFFF
 _CHUNK_CPU, _CHUNK = 1 << 18, 1 << 22  # elements; as in `blockwise`
@@ -103,15 +105,30 @@ def _round(exact: Tensor, noise: Tensor) -> Tensor:
     return torch.where(finite, bits + noise, special).bitwise_right_shift_(16).to(torch.int16).view(torch.bfloat16)
 
 
+def _round_half(exact: Tensor, noise: Tensor) -> Tensor:
+    """The same to fp16 [n], whose numbers lie 2^13 fp32 patterns apart, and 2^-24 below 2^-14. What passes the greatest is infinite."""
+    bits = exact.view(torch.int32)
+    small = exact.abs() < 2.0**-14
+    steps = exact.abs().mul(2.0**24)  # of the subnormal grid
+    below = steps.floor()
+    up = steps.sub_(below).add_(noise.to(torch.float32).mul_(2.0**-16)) >= 1.0
+    fixed = below.add_(up).mul_(2.0**-24).copysign_(exact)
+    coarse = (bits + (noise >> 3)).bitwise_and_(~0x1FFF).view(torch.float32)
+    return torch.where(exact.isfinite(), torch.where(small, fixed, coarse), exact).to(torch.float16)
+
+
+_ROUNDS = {torch.bfloat16: _round, torch.float16: _round_half}
+
+
 @torch.no_grad()
 def round_stochastic_(weight: Tensor, exact: Tensor, key: int, start: int = 0) -> None:
-    """Write fp32 numbers into a bf16 tensor, each rounded up or down at random so that its mean is exact.
+    """Write fp32 numbers into a bf16 or fp16 tensor, each rounded up or down at random so that its mean is exact.
 
-    A number at fraction p of the way between two bf16 neighbours (towards the one of greater magnitude) goes there with probability p:
-    16 random bits are added to the fp32 pattern and the low half is cut. NaN and infinities pass unchanged.
+    A number at fraction p of the way between two 16-bit neighbours (towards the one of greater magnitude) goes there with probability p:
+    for bf16, 16 random bits are added to the fp32 pattern and the low half is cut. NaN and infinities pass unchanged.
 
     Args:
-        weight: bf16, any shape. Overwritten.
+        weight: bf16 or fp16, any shape. Overwritten.
         exact: fp32, as many elements.
         key: from 0 below 2^64; one for each leaf and step.
         start: index of the first element, when `weight` is a piece of a larger tensor.
@@ -119,9 +136,9 @@ def round_stochastic_(weight: Tensor, exact: Tensor, key: int, start: int = 0) -
     Raises:
         ValueError: wrong dtype or size.
     """
-    if weight.dtype != torch.bfloat16 or exact.dtype != torch.float32 or weight.numel() != exact.numel():
+    if weight.dtype not in _ROUNDS or exact.dtype != torch.float32 or weight.numel() != exact.numel():
         raise ValueError(
-            f"need a bfloat16 weight and as many float32 numbers, got {weight.dtype} [{weight.numel()}] "
+            f"need a bfloat16 or float16 weight and as many float32 numbers, got {weight.dtype} [{weight.numel()}] "
             f"and {exact.dtype} [{exact.numel()}]"
         )
     target = (
@@ -131,10 +148,10 @@ def round_stochastic_(weight: Tensor, exact: Tensor, key: int, start: int = 0) -
     )
     source = exact.reshape(-1)
     chunk = _CHUNK_CPU if weight.device.type == "cpu" else _CHUNK
-    for at in range(0, source.numel(), chunk):
+    for at in few(range(0, source.numel(), chunk)):
         part = source[at : at + chunk]
         noise = hash32(key, start + at, part.numel(), weight.device).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
-        target[at : at + chunk].copy_(_round(part, noise))
+        target[at : at + chunk].copy_(_ROUNDS[weight.dtype](part, noise))
     if not weight.is_contiguous():
         weight.copy_(target.view(weight.shape))
 
@@ -144,7 +161,7 @@ def write_stochastic_(weight: Tensor, update: Tensor, *, decay: float, alpha: fl
     """W <- SR(decay * W - alpha * U), the twin of `native.write_stochastic_`.
 
     Args:
-        weight: bf16, any shape. Overwritten.
+        weight: bf16 or fp16, any shape. Overwritten.
         update: fp32, as many elements: U.
         decay: factor of the old weight, 1 - lr * weight_decay.
         alpha: step size, everything included.

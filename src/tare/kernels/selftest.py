@@ -1,12 +1,27 @@
 """A few hundred numbers through a freshly loaded library and through the plain twins; any difference rejects the library."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from tare.kernels import blockwise, fourbit, native, native16, native_fourbit, plain, rounding, split24
+from tare.kernels import (
+    blockwise,
+    directions,
+    fourbit,
+    native,
+    native16,
+    native_directions,
+    native_fourbit,
+    native_light,
+    plain,
+    plain_light,
+    rounding,
+    selftest_passes,
+    split24,
+)
 
 
 def adversarial(signed: bool) -> Tensor:
@@ -160,6 +175,62 @@ def _steps16(weight: torch.dtype, moment: torch.dtype, split: bool = False) -> b
     return good
 
 
+_LIGHT: tuple[tuple[str, int, dict[str, Any]], ...] = (  # entry point, moments, numbers
+    *(("mapped_", 0, {"kind": kind, "width": 1e-4}) for kind in ("none", "sign", "dead-zone", "huber")),
+    *(
+        ("lion_", 1, {"beta1": 0.9, "beta2": 0.99, "kind": x, "width": 1e-4})
+        for x in ("none", "sign", "dead-zone", "huber")
+    ),
+    *(("adan_", 4, {"betas": (0.98, 0.92, 0.99), "mix": 0.4, "eps": 1e-8, "first": x}) for x in (True, False)),
+    *(("diffgrad_", x, {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}) for x in (2, 3)),
+    *(("momentum_", 1, {"beta": 0.9, "rest": 0.7, "nesterov": x}) for x in (True, False)),
+)
+
+
+def _light(weight: torch.dtype, moment: torch.dtype, split: bool = False) -> bool:
+    """Two steps of each rule of `native_light`, of some where only the forms are others: equal moments, weights to a rounding of
+    exponential, root and quotient."""
+    n, good = 601, True
+    write = plain_light.Write(0.999, 0.01, -0.5, 3, (4, 5, 6, 7), 5)
+    low = torch.zeros(n, dtype=torch.int8, device="cpu") if split else None
+    every = weight == moment == torch.float32
+    for name, count, own in (x for x in _LIGHT if every or x[0] in ("lion_", "adan_")):
+        kept = [_wave(n, 0.4 + 0.1 * i).abs().to(moment) for i in range(count)]
+        given = [*kept, None] if name == "diffgrad_" and count == 2 else kept
+        write = replace(write, keys=(4, 5, 6, 7)[:count])
+        start = [_wave(n, 1.3).to(weight), *given, low]
+        ours, theirs = ([x if x is None else x.clone() for x in start] for _ in range(2))
+        for grad in (torch.float32, torch.bfloat16):
+            g = _wave(n, 0.9).to(grad)
+            good &= getattr(native_light, name)(ours[0], g, *ours[1:], write, **own)
+            getattr(plain_light, name)(theirs[0], g, *theirs[1:], write, **own)
+        for a, b in zip(ours[1 : 1 + count], theirs[1 : 1 + count], strict=True):
+            good &= a is not None and b is not None and torch.equal(a, b)
+        mine, other = (_exact(x[0], x[-1]) for x in (ours, theirs))
+        tolerance = 2**-7 if weight == torch.bfloat16 and not split else 2**-15
+        good &= torch.allclose(mine, other, rtol=tolerance, atol=1e-7)
+    return good
+
+
+def _exact(weight: Tensor | None, low: Tensor | None) -> Tensor:
+    assert weight is not None
+    return weight.float() if low is None else split24.join(weight, low)
+
+
+def _directions(law: directions.Law, weight: torch.dtype, split: bool = False) -> bool:
+    """Two directions added to a weight over a multiple of 2^32, not at the beginning of a group: equal bit for bit."""
+    n, good = 1333, True
+    how: dict[str, Any] = {"law": law, "decay": 0.999, "alpha": 0.3, "start": (1 << 32) - 700}
+    for key in (None, 5):
+        ours = _wave(n, 1.3).to(weight)
+        low = torch.zeros(n, dtype=torch.int8, device="cpu") if split else None
+        theirs, rest = ours.clone(), None if low is None else low.clone()
+        good &= native_directions.write_(ours, (3, 1 << 63), (0.7, -1e-3), **how, low=low, key=key)
+        directions.write_(theirs, (3, 1 << 63), (0.7, -1e-3), **how, low=rest, key=key)
+        good &= torch.equal(ours, theirs) and (low is None or rest is None or torch.equal(low, rest))
+    return good
+
+
 def objection() -> str | None:
     """None when the library on trial agrees with the plain twins; else one line that names what does not."""
     with _disable_current_modes(), torch.no_grad(), torch.inference_mode(False):
@@ -174,10 +245,24 @@ def objection() -> str | None:
             ("split steps", lambda: _steps16(torch.bfloat16, torch.float32, split=True)),
             ("16-bit steps", lambda: _steps16(torch.bfloat16, torch.bfloat16)),
             ("16-bit moments", lambda: _steps16(torch.float32, torch.bfloat16)),
+            ("light steps", lambda: _light(torch.float32, torch.float32)),
+            ("light 16-bit steps", lambda: _light(torch.bfloat16, torch.bfloat16)),
+            ("light split steps", lambda: _light(torch.bfloat16, torch.float32, split=True)),
+            ("normal directions", lambda: _directions("gaussian", torch.float32)),
+            ("16-bit directions", lambda: _directions("gaussian", torch.bfloat16)),
+            ("split directions", lambda: _directions("gaussian", torch.bfloat16, split=True)),
+            ("fp64 directions", lambda: _directions("gaussian", torch.float64)),
+            ("signs", lambda: _directions("signs", torch.float32)),
             ("signed 4-bit codes", lambda: _codec4(True)),
             ("unsigned 4-bit codes", lambda: _codec4(False)),
             ("4-bit fp32 steps", lambda: _steps4(torch.float32, None)),
             ("4-bit bf16 steps", lambda: _steps4(torch.bfloat16, 3)),
+            ("groups", lambda: selftest_passes.groups("symmetric", 3)),
+            ("groups with a zero", lambda: selftest_passes.groups("affine", 3)),
+            ("published groups", lambda: selftest_passes.groups("clamped", None)),
+            ("8-bit groups decoded", lambda: selftest_passes.groups_decoded(8)),
+            ("4-bit groups decoded", lambda: selftest_passes.groups_decoded(4)),
+            ("passes over a matrix", selftest_passes.norms),
         ):
             if not good():
                 return f"self-test failed: {name} differ from the plain twin"

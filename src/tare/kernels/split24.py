@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tare.kernels.blockwise import chunk_elements
+from tare.kernels.paper import few
 from tare.kernels.rounding import hash32
 
 _EXPONENT = 0x7F800000
@@ -66,7 +67,7 @@ def join(high: Tensor, low: Tensor) -> Tensor:
 
 def _chunks(numel: int, device: torch.device) -> Iterator[slice]:
     size = chunk_elements(device)
-    for start in range(0, numel, size):
+    for start in few(range(0, numel, size)):
         yield slice(start, min(start + size, numel))
 
 

@@ -1,5 +1,6 @@
 """The registry: the single list of methods that the command, the planner, the docs, the benchmarks and the generic tests read."""
 
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -12,6 +13,21 @@ from tare.core.optimizer import Optimizer
 
 
 @dataclass(frozen=True)
+class Trial:
+    """How the generic checks run a forward-only method on something small.
+
+    lr, hyper: constructor arguments. steps: after which the loss must have fallen by a tenth. problem: where the little problem is made,
+    as `module:function`; see `tare.testing.forward.Problem`. exempt: checks that its nature forbids, by name, each with the reason.
+    """
+
+    lr: float = 2e-2
+    hyper: dict[str, Any] = field(default_factory=dict)
+    steps: int = 60
+    problem: str = "tare.testing.forward:regression"
+    exempt: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Card:
     """What a method is, for people: its paper, its choices, its limits, and where paper and published code part ways.
 
@@ -19,7 +35,8 @@ class Card:
     preference for `--method auto` (lower first, among those that fit). release: whether it steps inside backward, and
     whether it then accumulates small projected gradients over micro-batches. coupled: leaves that are stepped together share a
     number, so that one alone steps otherwise than in company. every_leaf: of a method that steps few leaves at a time, the constructor
-    arguments under which it steps them all at every update, for checks that look at single leaves.
+    arguments under which it steps them all at every update, for checks that look at single leaves. kind: whether it steps with
+    gradients, or evaluates losses in `step(closure)`. trial: how the generic checks of the latter run it.
     """
 
     key: str
@@ -38,7 +55,9 @@ class Card:
     release: Literal["yes", "accumulates", "no"] = "yes"
     coupled: bool = False
     every_leaf: dict[str, Any] = field(default_factory=dict)
+    kind: Literal["gradient", "forward"] = "gradient"
     state: str = ""  # state bytes of an m x n matrix, in words
+    trial: Trial = field(default_factory=Trial)
 
 
 _METHODS: dict[str, type[Optimizer]] = {}
@@ -64,6 +83,7 @@ def register(card: Card) -> Callable[[M], M]:
     return enter
 
 
+@functools.cache
 def _load() -> None:
     """Import every file of this package once; each registers itself."""
     package = importlib.import_module("tare.methods")
@@ -72,10 +92,10 @@ def _load() -> None:
             importlib.import_module(f"tare.methods.{module.name}")
 
 
-def keys() -> list[str]:
-    """All method keys, in alphabetical order."""
+def keys(kind: Literal["gradient", "forward"] | None = None) -> list[str]:
+    """The method keys, in alphabetical order; of one kind, or all."""
     _load()
-    return sorted(_METHODS)
+    return sorted(key for key in _METHODS if kind in (None, _CARDS[key].kind))
 
 
 def _known(key: str) -> str:

@@ -17,7 +17,8 @@ from torch import nn
 from tare.core.errors import InputError
 from tare.core.weights import quantize_weights_
 from tare.plan.cache import cached
-from tare.plan.models import DTYPES, build_skeleton, config_for, enable_checkpointing
+from tare.plan.models import DTYPES, build_skeleton, enable_checkpointing, full, identity, plannable, positions
+from tare.plan.shapes import ModelShape
 from tare.plan.tracker import MemoryTracker, Peak
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class StepProfile:
 
 
 def profile_model(
-    model: "str | Path | PretrainedConfig",
+    model: "str | Path | PretrainedConfig | ModelShape",
     batch: int,
     seq: int,
     *,
@@ -88,12 +89,12 @@ def profile_model(
     Raises:
         InputError: a bad model, batch or sequence length, or a combination that makes no sense.
     """
-    config = config_for(model) if isinstance(model, (str, Path)) else model
+    config = plannable(model) if isinstance(model, (str, Path)) else model
     precision = precision or dtype
-    _check(config, batch, seq, dtype, precision)
+    check_step(config, batch, seq, dtype, precision)
     what = {
         "kind": "step",
-        "config": config.to_dict(),
+        "config": identity(config),
         "batch": batch,
         "seq": seq,
         "dtype": dtype,
@@ -105,7 +106,7 @@ def profile_model(
         what["trained"] = sorted(trained)
     return cached(
         what,
-        lambda: _run(config, batch, seq, DTYPES[dtype], precision, checkpointing, quantized, trained),
+        lambda: _run(full(config), batch, seq, DTYPES[dtype], precision, checkpointing, quantized, trained),
         dataclasses.asdict,
         _decode,
     )
@@ -124,9 +125,9 @@ def causal_loss(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def fake_tensors() -> Iterator[None]:
     """Tensors made inside have shapes, dtypes and sizes but no bytes."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from tare.plan.quick import QuickFakeMode
 
-    with FakeTensorMode(allow_non_fake_inputs=True), _no_packing():
+    with QuickFakeMode(), _no_packing():
         yield
 
 
@@ -214,15 +215,14 @@ def _moment(peak: Peak) -> Moment:
     return Moment(peak["activation"] + peak["input"], peak["gradient"], peak["temporary"])
 
 
-def _check(config: "PretrainedConfig", batch: int, seq: int, dtype: str, precision: str) -> None:
+def check_step(config: "PretrainedConfig | ModelShape", batch: int, seq: int, dtype: str, precision: str) -> None:
+    """Raise InputError for a batch, a length or a precision that no step of the model can have."""
     for name, value in (("batch", batch), ("seq", seq)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"{name} {value!r} must be a whole number of at least 1")
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and seq > positions:
-        raise InputError(
-            f"seq {seq} is longer than the {positions} positions of the model: use --seq {positions} or less"
-        )
+    longest = positions(config)
+    if longest is not None and seq > longest:
+        raise InputError(f"seq {seq} is longer than the {longest} positions of the model: use --seq {longest} or less")
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not known: use one of {', '.join(DTYPES)}")
     if precision not in ("fp32", "bf16-autocast", "bf16"):

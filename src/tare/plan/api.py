@@ -1,6 +1,7 @@
 """`tare.plan(...)`: before anything is launched, what each method needs and which one fits."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -8,16 +9,20 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from tare.core.checks import check_choice
+from tare.core.checks import check_choice, check_whole
 from tare.core.errors import DoesNotFit, InputError
+from tare.core.gathering import Gathering, Source
 from tare.core.storage import Storage
+from tare.kernels import native
 from tare.methods import registry
-from tare.plan.activations import Precision
+from tare.plan.activations import Precision, check_step
 from tare.plan.budget import format_bytes, parse_bytes
-from tare.plan.models import config_for, named
-from tare.plan.resolve import check_known
+from tare.plan.models import plannable, positions
+from tare.plan.released import Bases
+from tare.plan.resolve import check_known, require_gradients
 from tare.plan.rows import PlanRow, Settings, plan_row
 from tare.plan.search import Advice, advise
+from tare.plan.shapes import ModelShape, named
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -67,6 +72,10 @@ def plan(
     precision: Precision | None = None,
     storage: dict[str, Any] | Storage | None = None,
     hyper: dict[str, Any] | None = None,
+    clip_parts: int = 1,
+    refresh_from: Source = "sum",
+    refresh_parts: int = 1,
+    progress: Callable[[str], None] | None = None,
 ) -> Plan:
     """Predict the peak memory of training `model` with every method.
 
@@ -83,6 +92,9 @@ def plan(
         dtype: of the weights, by default as `precision` says. precision: fp32, bf16-autocast or bf16 (weights too).
         storage: fields of `tare.Storage` that go on top of each method's own.
         hyper: constructor arguments (`rank`, ...) that go on top of each method's preset; methods without one ignore it.
+        clip_parts: measuring passes of two-pass clipping. refresh_from, refresh_parts: with release and micro-batches, what
+            bases are computed from; see `Optimizer.refresh_release`.
+        progress: called with a few words whenever something else is looked at.
 
     Raises:
         InputError: anything of this that makes no sense, in one line.
@@ -97,23 +109,37 @@ def plan(
     dtype = dtype or ("bf16" if precision == "bf16" else "fp32")
     config, name = _config(model)
     if seq is None:
-        seq = int(getattr(config, "max_position_embeddings", 0)) or 1024
+        seq = int(positions(config) or 0) or 1024
+    check_step(config, batch, seq, dtype, precision)
     if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
         raise InputError(f"accumulate {accumulate!r} must be a whole number of at least 1")
     limit = parse_bytes(budget) if isinstance(budget, str) else budget
     if limit is not None and limit <= 0:
         raise InputError(f"budget {budget!r} must be greater than zero")
-    keys = list(dict.fromkeys(methods)) if methods is not None else registry.keys()
+    keys = list(dict.fromkeys(methods)) if methods is not None else registry.keys("gradient")
+    require_gradients(keys)
     keys.sort(key=lambda key: registry.card(key).auto_rank)
     check_known(hyper or {}, keys)
     check_choice("clip_mode", clip_mode, ("exact", "previous", "two-pass"))
+    check_whole("clip_parts", clip_parts)
+    Gathering(refresh_from, refresh_parts)  # checks the two
     settings = Settings(
         config, name, batch, seq, dtype, precision, checkpointing, release, accumulate, clip_mode, storage,
-        dict(hyper or {}), alone=len(keys) == 1,
+        dict(hyper or {}), clip_parts, Bases(refresh_from, refresh_parts), alone=len(keys) == 1,
     )  # fmt: skip
-    rows = tuple(plan_row(settings, key, limit) for key in keys)
+    tell = progress or (lambda news: None)
+    rows = []
+    with ThreadPoolExecutor(1) as elsewhere:
+        elsewhere.submit(native.available)  # on a machine that has no kernels yet they are compiled meanwhile
+        if len(keys) > 1:
+            tell("forward and backward")
+            settings.profile()  # kept, and nearly all methods will ask for it
+    for number, key in enumerate(keys, 1):
+        tell(f"{key} ({number} of {len(keys)})")
+        rows.append(plan_row(settings, key, limit))
     nothing = limit is not None and rows and not any(row.fits for row in rows)
-    return Plan(settings, limit, rows, advise(settings, keys, limit) if nothing and limit else None)
+    advice = advise(settings, keys, limit, tell) if nothing and limit is not None else None
+    return Plan(settings, limit, tuple(rows), advice)
 
 
 def choose(plan: Plan) -> str:
@@ -152,9 +178,9 @@ def require_fit(plan: Plan, method: str) -> PlanRow:
     raise DoesNotFit(f"budget {format_bytes(plan.budget)}: method {method} {why}; {advice.text}{instead}")
 
 
-def _config(model: "str | Path | nn.Module | PretrainedConfig") -> tuple["PretrainedConfig", str]:
+def _config(model: "str | Path | nn.Module | PretrainedConfig") -> tuple["PretrainedConfig | ModelShape", str]:
     if isinstance(model, (str, Path)):
-        return config_for(model), named(str(model)) or str(model)
+        return plannable(model), named(str(model)) or str(model)
     config: Any = getattr(model, "config", None) if isinstance(model, nn.Module) else model
     if not hasattr(config, "to_dict") or not hasattr(config, "model_type"):
         raise InputError(

@@ -5,14 +5,13 @@ each grow linearly with the number of layers, hence convex in it, hence never be
 """
 
 import copy
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
+from tare.methods import registry
 from tare.plan.activations import StepProfile, profile_model
 from tare.plan.rows import Settings
+from tare.plan.shapes import ModelShape
 from tare.plan.steps import state_bytes, trained_sets, weight_bytes
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 
 class Bound:
@@ -24,8 +23,13 @@ class Bound:
         self._state: dict[tuple[str, ...], tuple[int, bool]] = {}
         self._step: dict[tuple[object, ...], tuple[int, int, int]] = {}
 
-    def may_fit(self, settings: Settings, key: str) -> bool:
-        """False only if the method certainly does not fit."""
+    def may_fit(self, settings: Settings, key: str, slack: float = 1.0) -> bool:
+        """False only if the method certainly does not fit `slack` times the budget."""
+        limit = int(slack * self._budget)
+        return self.least(settings, key, limit) <= limit
+
+    def least(self, settings: Settings, key: str, limit: int | None = None) -> int:
+        """Bytes that the method needs at least; activations are not looked at where the rest is above `limit`."""
         quantized = settings.choice(key).storage.weight == "int8"
         weights, whole = (self._weight_bytes(settings, form) for form in (quantized, False))
         what = (key, settings.dtype, repr(settings.storage), repr(settings.hyper))
@@ -34,20 +38,26 @@ class Bound:
             some = bool(trained_sets(choice, config, settings.dtype))
             self._state[what] = state_bytes(choice, config, settings.dtype), some
         state, some = self._state[what]
-        room = self._budget - weights - state
+        fixed = weights + state
         if some:  # only some leaves have gradients, and not all activations are kept
-            return room >= 0
+            return fixed
         inside = settings.release and settings.accumulate == 1
-        gradients = 0 if inside else whole
-        if room < gradients:
-            return False
+        gradients = 0 if inside or self._small(settings, key) else whole
+        if limit is not None and fixed + gradients > limit:
+            return fixed + gradients
         how = (settings.dtype, settings.precision, settings.batch, settings.seq, settings.checkpointing)
         if how not in self._step:
             self._step[how] = step_bound(settings)
         forward, backward, released = self._step[how]
         if settings.accumulate > 1:
-            return max(forward, released) + gradients <= room
-        return max(forward, released if inside else backward) <= room
+            return fixed + max(forward, released) + gradients
+        return fixed + max(forward, released if inside else backward, gradients)
+
+    @staticmethod
+    def _small(settings: Settings, key: str) -> bool:
+        """Whether there may be no moment at which all gradients are whole, although micro-batches are summed."""
+        measured = settings.clip_mode == "two-pass" and settings.clip_parts == 1
+        return settings.release and not measured and registry.card(key).release == "accumulates"
 
     def _weight_bytes(self, settings: Settings, quantized: bool) -> int:
         form = settings.dtype, quantized
@@ -58,7 +68,8 @@ class Bound:
 
 def step_bound(settings: Settings) -> tuple[int, int, int]:
     """Bytes beyond weights and state that a micro-batch needs at least: in forward, in backward, in backward with release."""
-    layers = getattr(settings.config, "num_hidden_layers", 0)
+    config = settings.config
+    layers = config.layers if isinstance(config, ModelShape) else getattr(config, "num_hidden_layers", 0)
     if not isinstance(layers, int) or layers <= 3:
         return 0, 0, 0
     try:
@@ -72,8 +83,12 @@ def step_bound(settings: Settings) -> tuple[int, int, int]:
 
 
 def _shallow(settings: Settings, layers: int) -> StepProfile:
-    config: PretrainedConfig = copy.deepcopy(settings.config)
-    config.num_hidden_layers = layers
+    config = settings.config
+    if isinstance(config, ModelShape):
+        config = replace(config, layers=layers)
+    else:
+        config = copy.deepcopy(config)
+        config.num_hidden_layers = layers
     return profile_model(
         config,
         settings.batch,

@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,9 +45,7 @@ def cached(what: dict[str, Any], compute: Callable[[], T], encode: Callable[[T],
 
 
 def _key(what: dict[str, Any]) -> str:
-    import transformers
-
-    versions = [torch.__version__, transformers.__version__, _sources()]
+    versions = [torch.__version__, version("transformers"), _sources()]
     text = json.dumps([what, versions], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 

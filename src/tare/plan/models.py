@@ -3,57 +3,22 @@
 Nothing from outside is executed here: no remote code, no pickled weights. `transformers` is imported when first needed.
 """
 
+import copy
 import json
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from tare.core.errors import InputError, nearest
+from tare.plan.shapes import MODELS, ModelShape, check_name, named
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """A LLaMA by its sizes; RMSNorm eps 1e-6, init std 0.02, head not tied to the embedding."""
-
-    hidden: int
-    mlp: int
-    heads: int
-    layers: int
-    vocab: int = 32_000
-    positions: int = 1024
-
-
-# The last five are the shapes of the GaLore, Fira and APOLLO papers, from the configs published with them.
-MODELS: dict[str, ModelShape] = {
-    "llama-tiny": ModelShape(128, 344, 4, 4, vocab=1024),  # 1.1 M parameters
-    "llama-3m": ModelShape(192, 512, 6, 5, vocab=2048),
-    "llama-9m": ModelShape(256, 768, 8, 8, vocab=4096),
-    "llama-20m": ModelShape(384, 1024, 6, 9, vocab=4096),
-    "llama-60m": ModelShape(512, 1376, 8, 8),
-    "llama-130m": ModelShape(768, 2048, 12, 12),
-    "llama-350m": ModelShape(1024, 2736, 16, 24),
-    "llama-1b": ModelShape(2048, 5461, 32, 24),
-    "llama-7b": ModelShape(4096, 11008, 32, 32, positions=2048),
-}
-
-
-def named(name: str) -> str | None:
-    """The key in `MODELS` that `name` means (`"7B"`, `"LLaMA-7b"`), or None.
-
-    >>> named("LLaMA-7B"), named("60m"), named("./my-model")
-    ('llama-7b', 'llama-60m', None)
-    """
-    key = name.strip().lower()
-    key = key if key.startswith("llama-") else f"llama-{key}"
-    return key if key in MODELS else None
 
 
 def config_for(name_or_path: str | Path) -> "PretrainedConfig":
@@ -66,17 +31,39 @@ def config_for(name_or_path: str | Path) -> "PretrainedConfig":
     key = named(str(name_or_path))
     if key is not None:
         return _llama(MODELS[key])
+    check_name(name_or_path)
     path = Path(name_or_path)
-    if not path.exists():
-        hint = nearest(str(name_or_path).lower(), list(MODELS))
-        raise InputError(
-            f"model {str(name_or_path)!r} is neither a named model{hint} nor a path that exists; "
-            f"named models: {', '.join(MODELS)}"
-        )
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise InputError(f"model folder {str(path)!r} has no config.json: give a folder saved by transformers")
     return _read_config(file)
+
+
+def plannable(name_or_path: str | Path) -> "PretrainedConfig | ModelShape":
+    """The sizes of a named model, for which `transformers` need not be imported, or the config that a path leads to.
+
+    Raises:
+        InputError: see `config_for`.
+    """
+    key = named(str(name_or_path))
+    return config_for(name_or_path) if key is None else MODELS[key]
+
+
+def full(config: "PretrainedConfig | ModelShape") -> "PretrainedConfig":
+    """The `transformers` config of what `plannable` gave."""
+    return _llama(config) if isinstance(config, ModelShape) else config
+
+
+def identity(config: "PretrainedConfig | ModelShape") -> dict[str, Any]:
+    """All that tells one model from another, as JSON values."""
+    if isinstance(config, ModelShape):
+        return {"shape": asdict(config)}
+    return {"model_type": config.model_type, **config.to_dict()}
+
+
+def positions(config: "PretrainedConfig | ModelShape") -> int | None:
+    """The longest sequence, where the model says."""
+    return config.positions if isinstance(config, ModelShape) else getattr(config, "max_position_embeddings", None)
 
 
 def build_model(
@@ -136,6 +123,7 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def _from_config(auto: type, config: "PretrainedConfig", dtype: torch.dtype) -> nn.Module:
+    config = copy.deepcopy(config)  # which `from_config` writes the dtype into
     try:
         return auto.from_config(config, dtype=dtype, attn_implementation="sdpa")  # type: ignore[attr-defined]
     except (ValueError, TypeError, ZeroDivisionError, RuntimeError, AttributeError) as fault:

@@ -1,35 +1,86 @@
 """A plan for eyes (a `rich` table: one unit for all sizes, the event of the peak, what fits) and for programs (JSON)."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
+from tare.methods import registry
 from tare.plan.budget import format_bytes
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
     from rich.table import Table
 
     from tare.plan.api import Plan
 
 PARTS = ("weights", "gradients", "state", "activations", "temporaries", "peak")
+DROPPED = ("temporaries", "activations", "gradients", "weights")  # in this order, where the terminal is narrow
 
 
 def show(plan: "Plan") -> "RenderableType":
-    """The table with its heading, what stands against single methods, and the advice if nothing fits."""
+    """The table with its heading, and what there is to say about single methods."""
     from rich.console import Group
     from rich.text import Text
 
     unit, _ = _unit(plan)
-    lines: list[RenderableType] = [Text(heading(plan), style="bold"), Text(), table(plan), Text()]
+    lines: list[RenderableType] = [Text(heading(plan), style="bold"), Text(), _Fitting(plan), Text()]
     lines += [Text(f"{row.method}: {row.note}") for row in plan.rows if row.note]
-    lines += [Text(f"{remark}.") for remark in dict.fromkeys(row.remark for row in plan.rows) if remark]
+    lines += [Text(line) for line in _remarks(plan)]
     lines.append(
         Text(f"{unit} of tensors at the moment of the peak; state is exact. A device's own needs come on top.")
     )
-    if plan.advice is not None:
-        assert plan.budget is not None
-        lines.append(Text(f"Nothing fits {format_bytes(plan.budget)}; {plan.advice.text}.", style="bold"))
     return Group(*lines)
+
+
+def _remarks(plan: "Plan") -> list[str]:
+    """Each remark once, with the methods that it is about unless it is about all."""
+    about: dict[str, list[str]] = {}
+    for row in plan.rows:
+        for remark in filter(None, row.remark.split("; ")):
+            about.setdefault(remark, []).append(row.method)
+    return [
+        f"{remark}." if len(methods) == len(plan.rows) else f"{', '.join(methods)}: {remark}."
+        for remark, methods in about.items()
+    ]
+
+
+def verdict(plan: "Plan") -> list[str]:
+    """What fits; if nothing does, the change with which something would, on a line to be copied. For printing without wrapping."""
+    if plan.budget is None:
+        return []
+    budget, advice = format_bytes(plan.budget), plan.advice
+    if advice is None:
+        fitting = [row.method for row in plan.rows if row.fits]
+        auto = f"; --method auto takes {fitting[0]}" if len(plan.rows) == len(registry.keys("gradient")) else ""
+        return [f"{len(fitting)} of {len(plan.rows)} fit {budget}{auto}."] if len(plan.rows) > 1 else []
+    if not advice.peak:
+        return [f"Nothing fits {budget}; {advice.text}."]
+    what = "the smallest change that fits" if advice.fits else "the least that is possible"
+    return [
+        f"Nothing fits {budget}; {what} ({format_bytes(advice.peak)}):",
+        f"  --method {advice.method} {advice.flags}".rstrip(),
+    ]
+
+
+class _Fitting:
+    """The table, with as many of its columns as there is room for."""
+
+    def __init__(self, plan: "Plan") -> None:
+        self.plan = plan
+
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
+        from rich.measure import Measurement
+        from rich.text import Text
+
+        dropped: tuple[str, ...] = ()
+        for count in range(len(DROPPED) + 1):
+            dropped = DROPPED[:count]
+            found = table(self.plan, dropped)
+            if Measurement.get(console, options.update(width=1000, max_width=1000), found).maximum <= options.max_width:
+                break
+        yield found
+        if dropped:
+            yield Text(f"No room here for {', '.join(reversed(dropped))}: widen the terminal, or take --json.")
 
 
 def heading(plan: "Plan") -> str:
@@ -39,20 +90,24 @@ def heading(plan: "Plan") -> str:
     words += [f"accumulate {s.accumulate}"] if s.accumulate > 1 else []
     words += ["checkpointing"] if s.checkpointing else []
     words += ["release" + (f", {s.clip_mode} clipping" if s.clip_mode != "exact" else "")] if s.release else []
+    if s.release and s.accumulate > 1:
+        words += ["bases from the first micro-batch"] if s.bases.source == "first" else []
+        words += [f"bases in {s.bases.parts} passes"] if s.bases.parts > 1 else []
     words += [f"budget {format_bytes(plan.budget)}"] if plan.budget is not None else []
     return ", ".join(words)
 
 
-def table(plan: "Plan") -> "Table":
+def table(plan: "Plan", without: Collection[str] = ()) -> "Table":
     """A line per method: the parts of its peak in one unit, the event at which it occurs, whether it fits."""
     from rich import box
     from rich.table import Table
 
     unit, size = _unit(plan)
+    parts = [name for name in PARTS if name not in without]
 
     found = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_edge=False)
     found.add_column(unit, no_wrap=True)
-    for name in PARTS:
+    for name in parts:
         found.add_column(name, justify="right", no_wrap=True, style="bold" if name == "peak" else None)
     found.add_column("at", no_wrap=True)
     if plan.budget is not None:
@@ -60,7 +115,7 @@ def table(plan: "Plan") -> "Table":
     for row in plan.rows:
         sizes = (
             f"{getattr(row, name) / size:,.2f}" if size > 2**20 else f"{getattr(row, name) / size:,.1f}"
-            for name in PARTS
+            for name in parts
         )
         fits = [] if plan.budget is None else ["[green]yes[/]" if row.fits else "[red]no[/]"]
         found.add_row(row.method, *sizes, row.event, *fits)
@@ -75,10 +130,12 @@ def _unit(plan: "Plan") -> tuple[str, int]:
 def to_json(plan: "Plan") -> dict[str, Any]:
     """Plain JSON values."""
     s = plan.settings
-    names = ("batch", "seq", "dtype", "precision", "checkpointing", "release", "accumulate", "clip_mode")
+    names = ("batch", "seq", "dtype", "precision", "checkpointing", "release", "accumulate", "clip_mode", "clip_parts")
     return {
         "model": s.name,
         **{name: getattr(s, name) for name in names},
+        "refresh_from": s.bases.source,
+        "refresh_parts": s.bases.parts,
         "budget": plan.budget,
         "rows": [{**dataclasses.asdict(row), "options": _plain(row.options)} for row in plan.rows],
         "advice": dataclasses.asdict(plan.advice) if plan.advice else None,

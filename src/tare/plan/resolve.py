@@ -1,7 +1,9 @@
 """One place where a method key becomes constructor arguments, so that what is planned is what is run."""
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +14,7 @@ from tare.core.optimizer import Optimizer
 from tare.core.storage import Storage
 from tare.core.weights import quantize_weights_
 from tare.methods import registry
-from tare.plan.models import named
+from tare.plan.shapes import named
 
 
 @dataclass(frozen=True)
@@ -27,9 +29,8 @@ class Choice:
 
     def build(self, params: Any, seed: int = 0) -> Optimizer:
         """The optimizer."""
-        return registry.build(
-            self.key, params, self.lr, **self.options, storage=self.storage, release=self.release, seed=seed
-        )
+        more = {"release": self.release} if "release" in registry.options(self.key) else {}
+        return registry.build(self.key, params, self.lr, **self.options, **more, storage=self.storage, seed=seed)
 
 
 def resolve(
@@ -67,13 +68,29 @@ def resolve(
             )
     if isinstance(storage, Storage):
         return Choice(key, lr, options, storage, release)
-    probe = nn.Linear(2, 2)
-    quantize_weights_(probe)  # which goes with any storage
-    own = registry.build(key, probe, lr).storage
+    own = _own_storage(key, lr)
     changes: dict[str, Any] = {"weight": "stochastic"} if dtype == "bf16" and own.weight == "plain" else {}
     changes.update(storage or {})
     Storage.of(changes)  # names and values are checked before they meet the method's own
     return Choice(key, lr, options, dataclasses.replace(own, **changes), release)
+
+
+@lru_cache
+def _own_storage(key: str, lr: float) -> Storage:
+    """The storage that a method has when nothing is said about it."""
+    probe = nn.Linear(2, 2)
+    quantize_weights_(probe)  # which goes with any storage
+    return registry.build(key, probe, lr).storage
+
+
+def require_gradients(keys: Iterable[str]) -> None:
+    """Raise InputError for a method that steps by `step(closure)` alone, which no plan and no training loop here calls yet."""
+    for key in keys:
+        if registry.card(key).kind != "gradient":
+            raise InputError(
+                f"method {key!r} evaluates losses in opt.step(closure); call it in a loop of your own (docs/methods/{key}.md): "
+                "the commands plan and run methods with gradients"
+            )
 
 
 def applicable(key: str, hyper: dict[str, Any], alone: bool = True) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """One line of a plan: the settings of a run and a method in, the peak by category and event out."""
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +15,8 @@ from tare.plan.steps import StepCost, accumulation_refused, step_cost
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from tare.plan.shapes import ModelShape
+
 Event = Literal["end of forward", "backward", "optimizer step", "refresh", "first step", "measuring", "evaluation"]
 
 
@@ -21,7 +24,7 @@ Event = Literal["end of forward", "backward", "optimizer step", "refresh", "firs
 class Settings:
     """Everything but the method that decides about memory."""
 
-    config: "PretrainedConfig"
+    config: "PretrainedConfig | ModelShape"
     name: str  # of the model, for presets and titles
     batch: int
     seq: int
@@ -33,6 +36,8 @@ class Settings:
     clip_mode: Literal["exact", "previous", "two-pass"] = "exact"  # with release: how the norm is had, if it is clipped
     storage: dict[str, Any] | Storage | None = None
     hyper: dict[str, Any] = field(default_factory=dict)
+    clip_parts: int = 1  # measuring passes of two-pass clipping
+    bases: released.Bases = field(default_factory=released.Bases)  # with release and micro-batches: what they come from
     alone: bool = True  # whether one method is planned, to which all of `hyper` is meant
 
     def profile(self, quantized: bool = False, trained: tuple[str, ...] | None = None) -> StepProfile:
@@ -101,7 +106,7 @@ def plan_row(settings: Settings, key: str, budget: int | None = None) -> PlanRow
         options=shown_options(choice),
         events={name: fixed + moment.total for name, moment in moments.items()},
         note=note,
-        remark=_remark(settings),
+        remark="; ".join(_remarks(settings, cost)),
     )
 
 
@@ -152,12 +157,13 @@ def _released_moments(profile: StepProfile, cost: StepCost, settings: Settings) 
         "end of forward": usual.forward, "backward": usual.backward, "optimizer step": usual.step,
     }  # fmt: skip
     if cost.parts:
-        begin, refresh = released.first(profile, cost).highest, released.later_refresh(profile, cost).highest
+        begin = released.first(profile, cost, settings.bases)
+        refresh = released.later_refresh(profile, cost, settings.bases)
         moments["refresh"] = refresh
         if refresh != begin:
             moments["first step"] = begin
     if settings.clip_mode == "two-pass":
-        moments["measuring"] = released.measuring(profile)
+        moments["measuring"] = released.measuring(profile, cost, settings.clip_parts)
     moments["evaluation"] = profile.evaluation
     return moments
 
@@ -180,8 +186,22 @@ def _objection(settings: Settings, key: str, choice: Choice) -> str:
     return ""
 
 
-def _remark(settings: Settings) -> str:
-    if not settings.release or settings.clip_mode != "two-pass":
-        return ""
-    held = ", the first time with the sum of whole gradients" if settings.accumulate > 1 else ""
-    return f"two-pass clipping runs every forward and backward twice{held}"
+def _remarks(settings: Settings, cost: StepCost) -> Iterator[str]:
+    """What else the settings cost or mean."""
+    yield from (f"{count} matrices are stepped without a subspace: {why}" for why, count in cost.dense.items())
+    if not settings.release:
+        return
+    many, bases = settings.accumulate > 1, settings.bases
+    if settings.clip_mode == "two-pass":
+        share = f"1/{settings.clip_parts} of " if settings.clip_parts > 1 else ""
+        held = f", all but the last time with {share}the sum of whole gradients" if many else ""
+        yield f"two-pass clipping runs every forward and backward {_times(settings.clip_parts + 1)}{held}"
+    if many and set(cost.parts) - set(cost.drawn):
+        if bases.source == "first":
+            yield "bases come from the first micro-batch, not from the whole gradient as published"
+        elif bases.parts > 1:
+            yield f"a step that computes bases runs every forward and backward {_times(bases.parts)}"
+
+
+def _times(count: int) -> str:
+    return "twice" if count == 2 else f"{count} times"

@@ -5,7 +5,7 @@ Every combination of changes has a price, the sum of what each does to the run; 
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,12 @@ from tare.core.storage import Storage
 from tare.methods import registry
 from tare.plan.bound import Bound
 from tare.plan.budget import format_bytes
+from tare.plan.released import Bases
 from tare.plan.rows import PlanRow, Settings, plan_row
+
+# A change saves memory or costs a few percent at most: what needs more than this many times the budget with all of them is not
+# looked at with fewer.
+NEAR = 1.25
 
 
 @dataclass(frozen=True)
@@ -36,18 +41,23 @@ class Change:
     fields: dict[str, Any]
 
 
-def advise(settings: Settings, keys: list[str], budget: int) -> Advice:
+def advise(settings: Settings, keys: list[str], budget: int, tell: Callable[[str], None] = lambda news: None) -> Advice:
     """The cheapest change with which one of the methods fits; among equals, the better method by its card.
 
-    The order of least intrusion: recompute activations, step inside backward, 8-bit moments, smaller rank, smaller batch,
-    bf16 weights, shorter sequences. The first two do not change the training at all.
+    The order of least intrusion: recompute activations, step inside backward (or, where that is so and micro-batches are many,
+    compute bases in passes), 8-bit moments, smaller rank, smaller batch, bf16 weights, shorter sequences. The first two do not
+    change the training at all.
     """
     keys = sorted(keys, key=lambda key: registry.card(key).auto_rank)
     bound = Bound(budget)
     best: tuple[int, PlanRow, str] | None = None
-    floor: tuple[PlanRow, str] | None = None
+    furthest: dict[str, tuple[Settings, str]] = {}  # everything that can be changed, changed as far as it goes
     for key in keys:
         combinations = sorted(_combinations(settings, key), key=lambda both: both[0])
+        furthest[key] = combinations[-1][1:]
+        tell(f"nothing fits; what could be changed for {key}")
+        if not bound.may_fit(furthest[key][0], key, NEAR):
+            continue
         for price, changed, flags in combinations:
             if best is not None and price >= best[0]:
                 break
@@ -57,13 +67,16 @@ def advise(settings: Settings, keys: list[str], budget: int) -> Advice:
             if row.fits:
                 best = (price, row, flags)
                 break
-        if best is None:
-            _, changed, flags = combinations[-1]  # everything that can be changed, changed as far as it goes
-            row = plan_row(changed, key, budget)
-            if not row.note and (floor is None or row.peak < floor[0].peak):
-                floor = (row, flags)
     if best is not None:
         return _say("the smallest change that fits", best[1], best[2])
+    floor: tuple[PlanRow, str] | None = None
+    for least, key in sorted((bound.least(furthest[key][0], key), key) for key in keys):
+        if floor is not None and least >= floor[0].peak:
+            break
+        changed, flags = furthest[key]
+        row = plan_row(changed, key, budget)
+        if not row.note and (floor is None or row.peak < floor[0].peak):
+            floor = (row, flags)
     if floor is None:
         return Advice(keys[0], "", 0, False, "none of these methods can run with these settings: leave out --release")
     return _say("the least that is possible", *floor)
@@ -97,6 +110,8 @@ def _ladders(settings: Settings, key: str) -> Iterator[list[Change]]:
         yield [stay, Change(1, "--checkpointing", {"checkpointing": True})]
     if not settings.release and settings.accumulate == 1 and card.release != "no":
         yield [stay, Change(2, "--release --clip-mode two-pass", {"release": True, "clip_mode": "two-pass"})]
+    if settings.release and settings.accumulate > 1 and settings.bases == Bases() and card.release == "accumulates":
+        yield [stay, *(Change(p, f"--refresh-parts {n}", {"bases": Bases("sum", n)}) for p, n in ((2, 2), (3, 4)))]
     if choice.storage.moment != "int8" and not isinstance(settings.storage, Storage):
         yield [stay, Change(4, "--method.storage.moment int8", {"moment": "int8"})]
     rank = choice.options.get("rank", getattr(registry.options(key).get("rank"), "default", None))

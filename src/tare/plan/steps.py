@@ -5,6 +5,7 @@ leaf, so the largest one decides; dense fp32 leaves go through fused kernels tog
 """
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -21,8 +22,10 @@ from tare.core.write import CHUNK
 from tare.kernels import native
 from tare.plan.activations import fake_tensors
 from tare.plan.cache import cached
-from tare.plan.models import DTYPES, build_skeleton
+from tare.plan.models import DTYPES, build_skeleton, identity
+from tare.plan.outline import Outline
 from tare.plan.resolve import Choice
+from tare.plan.shapes import ModelShape
 from tare.plan.tracker import MemoryTracker
 
 if TYPE_CHECKING:
@@ -43,32 +46,35 @@ class StepCost:
         default_factory=dict
     )  # leaf name -> its projected gradient, where micro-batches sum it
     gather: dict[str, int] = field(default_factory=dict)  # the same leaves -> temporaries of projecting one micro-batch
+    prepare: dict[str, int] = field(default_factory=dict)  # the same leaves -> temporaries of computing the basis alone
     turns: dict[str, int] = field(default_factory=dict)  # the same leaves -> at which update of a period they refresh
+    drawn: tuple[str, ...] = ()  # of these, those whose basis is drawn from a key, and needs no gradient
     # Where not all leaves have gradients at once: those that do, at the turns that may need most memory.
     trained: tuple[tuple[str, ...], ...] = ()
+    dense: dict[str, int] = field(default_factory=dict)  # why matrices have no subspace after all -> how many
 
 
-def state_bytes(choice: Choice, config: "PretrainedConfig", dtype: str) -> int:
+def state_bytes(choice: Choice, config: "PretrainedConfig | ModelShape", dtype: str) -> int:
     """Bytes of optimizer state, exact, from the transforms' specs; nothing is allocated and no step is run."""
     account = _on_paper(choice, config, dtype).state_bytes()
     return account.total + account.shared
 
 
-def weight_bytes(config: "PretrainedConfig", dtype: str, quantized: bool = False) -> int:
+def weight_bytes(config: "PretrainedConfig | ModelShape", dtype: str, quantized: bool = False) -> int:
     """Bytes of the parameters; quantized: the linear ones are int8."""
-    return weights.weight_bytes(_shapes(_text(config), dtype, quantized))
+    return weights.weight_bytes(_shapes(_hashable(config), dtype, quantized))
 
 
-def trained_sets(choice: Choice, config: "PretrainedConfig", dtype: str) -> tuple[tuple[str, ...], ...]:
+def trained_sets(choice: Choice, config: "PretrainedConfig | ModelShape", dtype: str) -> tuple[tuple[str, ...], ...]:
     """Names of the leaves that have gradients, at the turns that may need most memory; nothing where all always have."""
     return _on_paper(choice, config, dtype).trained_sets()
 
 
-def step_cost(choice: Choice, config: "PretrainedConfig", dtype: str) -> StepCost:
+def step_cost(choice: Choice, config: "PretrainedConfig | ModelShape", dtype: str) -> StepCost:
     """State and temporaries of a method on a model whose weights are `dtype`, from disk if known."""
     what = {
         "kind": "optimizer",
-        "config": config.to_dict(),
+        "config": identity(config),
         "dtype": dtype,
         "key": choice.key,
         "options": repr(sorted(choice.options.items())),
@@ -78,32 +84,35 @@ def step_cost(choice: Choice, config: "PretrainedConfig", dtype: str) -> StepCos
     return cached(what, lambda: _run(choice, _on_paper(choice, config, dtype)), _encode, _decode)
 
 
-def accumulation_refused(choice: Choice, config: "PretrainedConfig", dtype: str, by_previous: bool) -> str:
+def accumulation_refused(choice: Choice, config: "PretrainedConfig | ModelShape", dtype: str, by_previous: bool) -> str:
     """Why release mode cannot step on several micro-batches with this method, or nothing; see `Optimizer`."""
     return _on_paper(choice, config, dtype).accumulation_refused(by_previous)
 
 
-def _text(config: "PretrainedConfig") -> str:
-    return json.dumps([config.model_type, config.to_dict()], sort_keys=True, default=str)
+def _hashable(config: "PretrainedConfig | ModelShape") -> str | ModelShape:
+    return config if isinstance(config, ModelShape) else json.dumps(identity(config), sort_keys=True, default=str)
 
 
 @lru_cache(maxsize=4)
-def _shapes(config: str, dtype: str, quantized: bool = False) -> nn.Module:
+def _shapes(config: str | ModelShape, dtype: str, quantized: bool = False) -> nn.Module:
     """The model on the meta device."""
-    from transformers import CONFIG_MAPPING
+    if isinstance(config, ModelShape):
+        model: nn.Module = Outline(config, DTYPES[dtype])
+    else:
+        from transformers import CONFIG_MAPPING
 
-    kind, content = json.loads(config)
-    with torch.device("meta"):
-        model = build_skeleton(CONFIG_MAPPING[kind].from_dict(content), DTYPES[dtype])
+        content = json.loads(config)
+        with torch.device("meta"):
+            model = build_skeleton(CONFIG_MAPPING[content["model_type"]].from_dict(content), DTYPES[dtype])
     if quantized:
         weights.quantize_weights_(model)
     return model
 
 
-def _on_paper(choice: Choice, config: "PretrainedConfig", dtype: str) -> Optimizer:
+def _on_paper(choice: Choice, config: "PretrainedConfig | ModelShape", dtype: str) -> Optimizer:
     """The optimizer of the whole model on the meta device: it has leaves and an account, and no state."""
     return Choice(choice.key, choice.lr, choice.options, choice.storage).build(
-        _shapes(_text(config), dtype, choice.storage.weight == "int8")
+        _shapes(_hashable(config), dtype, choice.storage.weight == "int8")
     )
 
 
@@ -123,6 +132,7 @@ def _run(choice: Choice, whole: Optimizer) -> StepCost:
     refresh: dict[str, int] = {}
     parts: dict[str, int] = {}
     gather: dict[str, int] = {}
+    prepare: dict[str, int] = {}
     with fake_tensors(), native.on_paper():
         for recipe in whole.phases():
             stand_ins = {leaf: nn.Parameter(_stand_in(leaf, whole, leaf.name in quantized)) for leaf in kinds}
@@ -138,11 +148,25 @@ def _run(choice: Choice, whole: Optimizer) -> StepCost:
                 if found := _part(optimizer, stand_ins[leaf]):
                     parts.update(dict.fromkeys(names, found[0]))
                     gather.update(dict.fromkeys(names, found[1]))
+                    prepare.update(dict.fromkeys(names, found[2]))
     account = whole.state_bytes()
-    turns = {name: turn for name, turn in _turns(whole).items() if name in parts}
-    trained = whole.trained_sets()
+    order = [leaf.name for leaf in whole.leaves]  # which decides what leaves share a pass
+
+    def sorted_(table: dict[str, int]) -> dict[str, int]:
+        return {name: table[name] for name in order if name in table}
+
     return StepCost(
-        account.total + account.shared, dict(account.by_kind), ordinary, refresh, parts, gather, turns, trained
+        account.total + account.shared,
+        dict(account.by_kind),
+        sorted_(ordinary),
+        sorted_(refresh),
+        sorted_(parts),
+        sorted_(gather),
+        sorted_(prepare),
+        {name: turn for name, turn in _turns(whole).items() if name in parts},
+        tuple(e.leaf.name for e in whole._entries.values() if e.transform.drawn and e.leaf.name in parts),
+        whole.trained_sets(),
+        dict(Counter(e.why.removesuffix(": dense") for e in whole._entries.values() if e.why.startswith("rank "))),
     )
 
 
@@ -181,7 +205,8 @@ def leaf_temporaries(optimizer: Optimizer, parameter: torch.Tensor) -> tuple[int
     tracker.mark([parameter.grad], "gradient")
     tracker.mark((v for v in optimizer.state[parameter].values() if isinstance(v, torch.Tensor)), "state")
     extra = {}
-    for phase in ("first", "ordinary", "refresh"):
+    calendar = "refreshed" in optimizer.state[parameter]
+    for phase in ("first", "ordinary", "refresh") if calendar else ("first", "ordinary"):
         if phase == "refresh":
             optimizer.state[parameter]["step"] += FAR
         before = tracker.total
@@ -192,22 +217,29 @@ def leaf_temporaries(optimizer: Optimizer, parameter: torch.Tensor) -> tuple[int
     return extra["ordinary"], max(extra.values())
 
 
-def _part(optimizer: Optimizer, parameter: torch.Tensor) -> tuple[int, int] | None:
-    """Bytes of the projected gradient that a micro-batch leaves, and of making it (itself included); None where it is whole."""
+def _part(optimizer: Optimizer, parameter: torch.Tensor) -> tuple[int, int, int] | None:
+    """Bytes of the projected gradient that a micro-batch leaves, of making it (itself included), and of computing the basis before
+    that; None where the gradient stays whole."""
     if not optimizer._entries[parameter].projects:
         return None
+    raw = optimizer.state[parameter]
+    raw["step"] += FAR
+    raw["refresh_owed"] = 1  # also where the calendar has a period of its own
     parameter.grad = torch.zeros_like(parameter)
     tracker = MemoryTracker()
     tracker.mark([parameter], "parameter")
     tracker.mark([parameter.grad], "gradient")
-    tracker.mark((v for v in optimizer.state[parameter].values() if isinstance(v, torch.Tensor)), "state")
+    tracker.mark((v for v in raw.values() if isinstance(v, torch.Tensor)), "state")
     before = tracker.total
-    with tracker, tracker.phase("gather"), torch.no_grad():
-        part = optimizer._compressed(parameter)
+    with tracker, torch.no_grad():
+        with tracker.phase("prepare"):
+            optimizer._prepare(parameter, whole=True)
+        with tracker.phase("gather"):
+            part = optimizer._compressed(parameter)
     parameter.grad = None
-    if part is None:  # a refresh at every update
-        return None
-    return part.untyped_storage().nbytes(), tracker.peak("gather").total - before
+    assert part is not None
+    gather, prepare = (tracker.peak(name).total - before for name in ("gather", "prepare"))
+    return part.untyped_storage().nbytes(), gather, prepare
 
 
 def _encode(cost: StepCost) -> dict[str, Any]:
@@ -215,8 +247,9 @@ def _encode(cost: StepCost) -> dict[str, Any]:
 
 
 def _decode(data: dict[str, Any]) -> StepCost:
-    cost = StepCost(**{**data, "trained": tuple(map(tuple, data.get("trained", ())))})
-    tables = (cost.by_kind, cost.ordinary, cost.refresh, cost.parts, cost.gather, cost.turns)
+    sets = {"drawn": tuple(data["drawn"]), "trained": tuple(map(tuple, data["trained"]))}
+    cost = StepCost(**{**data, **sets})
+    tables = (cost.by_kind, cost.ordinary, cost.refresh, cost.parts, cost.gather, cost.prepare, cost.turns, cost.dense)
     numbers = [cost.state, *(number for table in tables for number in table.values())]
     if not all(isinstance(number, int) and number >= 0 for number in numbers):
         raise ValueError("damaged cache entry")

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from torch._C import _get_dispatch_mode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -29,6 +31,13 @@ WORKSPACE = {
 CATEGORIES: tuple[Category, ...] = ("parameter", "gradient", "state", "input", "activation", "temporary")
 
 
+_DEVICE = torch.ops.prim.device.default
+
+
+def _faking() -> bool:
+    return _get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
 @dataclass
 class Peak:
     """The largest total seen in a phase, and what it was made of."""
@@ -44,7 +53,8 @@ class MemoryTracker(TorchDispatchMode):
     """A mode under which every operator's outputs are counted from birth until their storage dies.
 
     A storage counts once however many views it has. What an operator allocates and frees inside itself is not seen, but for
-    the table `WORKSPACE`. Enter it inside `FakeTensorMode` when tensors are fake.
+    the table `WORKSPACE`. Enter it inside `FakeTensorMode` when tensors are fake; real ones that are made there for a while
+    are tables that a process keeps once, and are not counted.
 
     >>> with MemoryTracker() as tracker, tracker.phase("forward", born="activation"):
     ...     kept = torch.ones(256) * 2  # the ones die, the product lives
@@ -54,12 +64,17 @@ class MemoryTracker(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self._fake = _faking()
         self.current: dict[str, int] = dict.fromkeys(CATEGORIES, 0)
         self._alive: dict[int, tuple[int, Category, weakref.ref]] = {}
         self._born: Category = "temporary"
         self._phase = ""
         self._total = 0
         self._peaks: dict[tuple[str, bool], Peak] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would wrap every call for the sake of compiled code, of which there is none here
 
     @property
     def total(self) -> int:
@@ -89,8 +104,10 @@ class MemoryTracker(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is _DEVICE and type(args[0]) is FakeTensor:  # every other call
+            return args[0].fake_device
         result = func(*args, **(kwargs or {}))
-        if func is torch.ops.prim.device.default:  # two of three calls under fake tensors
+        if self._fake and not _faking():
             return result
         self._count_all(result)
         workspace = WORKSPACE.get(func._schema.name)

@@ -35,8 +35,10 @@ def has_weights(folder: Path) -> bool:
     return False
 
 
-def load_pretrained(folder: Path, config: "PretrainedConfig", dtype: torch.dtype) -> nn.Module:
+def load_pretrained(folder: Path, config: "PretrainedConfig", dtype: torch.dtype, kind: Any = None) -> nn.Module:
     """The model of the folder, every weight accounted for.
+
+    kind: a class of `transformers`; default the causal language model that the config names.
 
     Raises:
         InputError: a damaged file, a tensor that is missing, of another shape, or not finite.
@@ -47,7 +49,7 @@ def load_pretrained(folder: Path, config: "PretrainedConfig", dtype: torch.dtype
     from tare.plan.models import one_line
 
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = (kind or AutoModelForCausalLM).from_pretrained(
             str(folder),
             config=config,
             dtype=dtype,

@@ -58,11 +58,13 @@ def parse(text: str, where: str = "--methods") -> list[MethodSpec]:
 
 def _one(word: str, where: str) -> MethodSpec:
     from tare.methods import registry
+    from tare.plan.resolve import require_gradients
 
     key, _, rest = word.partition(":")
     keys = registry.keys()
     if key not in keys:
         raise InputError(f"{where}: unknown method {key!r}{nearest(key, keys)}; methods: {', '.join(keys)}")
+    require_gradients([key])
     options: dict[str, Any] = {}
     storage: dict[str, Any] = {}
     dense, centre = 1.0, None
@@ -113,4 +115,4 @@ def everything() -> list[MethodSpec]:
     """Every registered method with its presets; not `compose`, which without arguments is GaLore again."""
     from tare.methods import registry
 
-    return [MethodSpec(key, key) for key in registry.keys() if key != "compose"]  # noqa: SIM118
+    return [MethodSpec(key, key) for key in registry.keys("gradient") if key != "compose"]

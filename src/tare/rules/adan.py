@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +11,11 @@ from tare.core.checks import check_betas, check_number
 from tare.core.delta import Delta, Dense
 from tare.core.leaf import Leaf
 from tare.core.state import State
-from tare.core.transform import StateSpec, Step, Transform
+from tare.core.transform import StateSpec, Step, Transform, Work
+from tare.kernels import native_light
+from tare.rules.one_pass import direction, one_pass
+
+_MOMENTS = ("exp_avg", "exp_avg_diff", "exp_avg_sq", "previous")
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class Adan(Transform):
     eps: float = 1e-8
 
     SCALE: ClassVar[str] = "grad_scale"
+    fuses: ClassVar[tuple[str, ...]] = ("stochastic", "split24")
 
     def __post_init__(self) -> None:
         check_betas(self.betas, 3)
@@ -42,9 +47,35 @@ class Adan(Transform):
         }
 
     def update(self, grad: Tensor, state: State, step: Step, compressed: Tensor | None = None) -> Delta:
-        b1, b2, b3 = step.options.get("betas", self.betas)
-        m, v, n, previous = (state[name] for name in ("exp_avg", "exp_avg_diff", "exp_avg_sq", "previous"))
-        scale = float(step.options.get(self.SCALE, 1.0))
+        return self._direction(grad, state, step, spent=False)
+
+    def consume(self, grad: Tensor, state: State, step: Step) -> Dense:
+        return self._direction(grad, state, step, spent=True)
+
+    def update_many(self, batch: list[Work]) -> list[Work]:
+        return [work for work in batch if not self._native(work)]
+
+    def _native(self, work: Work) -> bool:
+        own, c = self._numbers(work.step)
+        return one_pass(native_light.adan_, work, _MOMENTS, c, self._scale(work.step), **own)
+
+    def _scale(self, step: Step) -> float:
+        return float(step.options.get(self.SCALE, 1.0))
+
+    def _numbers(self, step: Step) -> tuple[dict[str, Any], float]:
+        """What the kernel is told, and c_t = sqrt(1-b3^t) / (1-b1^t), which multiplies U."""
+        b1, b2, b3 = (float(beta) for beta in step.options.get("betas", self.betas))
+        c1, c2, root = 1.0 - b1**step.count, 1.0 - b2**step.count, math.sqrt(1.0 - b3**step.count)
+        own = {"betas": (b1, b2, b3), "mix": b2 * c1 / c2, "eps": self.eps * root, "first": step.count == 1}
+        return own, root / c1
+
+    def _direction(self, grad: Tensor, state: State, step: Step, spent: bool) -> Dense:
+        (own, c), scale = self._numbers(step), self._scale(step)
+        (b1, b2, b3), mix, eps = own["betas"], own["mix"], own["eps"]
+        m, v, n, previous = (state[name] for name in _MOMENTS)
+        fused = direction(native_light.adan_, grad.view_as(m), (m, v, n, previous), spent, scale, **own)
+        if fused is not None:
+            return Dense(fused, scale=c, correction=c)
         g = grad.to(m.dtype).view_as(m)
         if scale != 1.0:
             g = g * scale
@@ -57,8 +88,7 @@ class Adan(Transform):
             v.mul_(b2)
             z = g
         n.mul_(b3).addcmul_(z, z, value=1.0 - b3)
-        c1, c2, root = 1.0 - b1**step.count, 1.0 - b2**step.count, math.sqrt(1.0 - b3**step.count)
-        below = torch.sqrt(n, out=previous).add_(self.eps * root)
-        u = torch.add(m, v, alpha=b2 * c1 / c2).div_(below)
+        below = torch.sqrt(n, out=previous).add_(eps)
+        u = torch.add(m, v, alpha=mix).div_(below)
         previous.copy_(g)
-        return Dense(u, scale=root / c1, correction=root / c1)
+        return Dense(u, scale=c, correction=c)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -10,7 +11,9 @@ from tare.core.checks import check_betas, check_number
 from tare.core.delta import Delta, Dense
 from tare.core.leaf import Leaf
 from tare.core.state import State
-from tare.core.transform import StateSpec, Step, Transform
+from tare.core.transform import StateSpec, Step, Transform, Work
+from tare.kernels import native_light
+from tare.rules.one_pass import direction, one_pass
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class DiffGrad(Transform):
     eps: float = 1e-8
     reference_alias: bool = False
 
+    fuses: ClassVar[tuple[str, ...]] = ("stochastic", "split24")
+
     def __post_init__(self) -> None:
         check_betas(self.betas)
         check_number("eps", self.eps)
@@ -36,17 +41,41 @@ class DiffGrad(Transform):
         return specs if self.reference_alias else {**specs, "previous": StateSpec(leaf.shape)}
 
     def update(self, grad: Tensor, state: State, step: Step, compressed: Tensor | None = None) -> Delta:
+        return self._direction(grad, state, step, spent=False)
+
+    def consume(self, grad: Tensor, state: State, step: Step) -> Dense:
+        return self._direction(grad, state, step, spent=True)
+
+    def update_many(self, batch: list[Work]) -> list[Work]:
+        return [work for work in batch if not self._native(work)]
+
+    def _native(self, work: Work) -> bool:
+        own, scale = self._numbers(work.step)
+        names = ("exp_avg", "exp_avg_sq", "" if self.reference_alias else "previous")
+        return one_pass(native_light.diffgrad_, work, names, scale, **own)
+
+    def _numbers(self, step: Step) -> tuple[dict[str, Any], float]:
+        """What the kernel is told, and what multiplies U: c_t, with the friction where that is a constant."""
         b1, b2 = step.betas(self.betas)
+        c = math.sqrt(1.0 - b2**step.count) / (1.0 - b1**step.count)
+        return {"beta1": b1, "beta2": b2, "eps": self.eps}, 0.5 * c if self.reference_alias else c
+
+    def _direction(self, grad: Tensor, state: State, step: Step, spent: bool) -> Dense:
+        own, scale = self._numbers(step)
+        b1, b2 = own["beta1"], own["beta2"]
+        c = 2.0 * scale if self.reference_alias else scale
         m, v = state["exp_avg"], state["exp_avg_sq"]
+        previous = None if self.reference_alias else state["previous"]
+        fused = direction(native_light.diffgrad_, grad.view_as(m), (m, v, previous), spent, **own)
+        if fused is not None:
+            return Dense(fused, scale=scale, correction=c)
         g = grad.to(m.dtype).view_as(m)
         m.lerp_(g, 1.0 - b1)
         v.mul_(b2).addcmul_(g, g, value=1.0 - b2)
-        c = math.sqrt(1.0 - b2**step.count) / (1.0 - b1**step.count)
         u = v.sqrt().add_(self.eps)
-        if self.reference_alias:
-            return Dense(torch.div(m, u, out=u), scale=0.5 * c, correction=c)
-        previous = state["previous"]
+        if previous is None:
+            return Dense(torch.div(m, u, out=u), scale=scale, correction=c)
         xi = torch.sub(previous, g, out=previous).abs_().sigmoid_()  # in the memory of g_prev, which g takes next
         torch.div(xi.mul_(m), u, out=u)
         previous.copy_(g)
-        return Dense(u, scale=c, correction=c)
+        return Dense(u, scale=scale, correction=c)

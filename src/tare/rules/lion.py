@@ -1,6 +1,7 @@
 """Lion (Chen et al. 2023, arXiv 2302.06675): the sign of an interpolated momentum. One moment, no epsilon, no bias correction."""
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -8,8 +9,10 @@ from tare.core.checks import check_betas
 from tare.core.delta import Delta, Dense
 from tare.core.leaf import Leaf
 from tare.core.state import State
+from tare.core.storage import LOW
 from tare.core.transform import StateSpec, Step, Transform, Work
-from tare.kernels import native, native_fourbit
+from tare.kernels import native, native_fourbit, native_light
+from tare.rules.one_pass import direction, one_pass
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,8 @@ class Lion(Transform):
     betas: tuple[float, float] = (0.9, 0.99)
     sign: bool = True
 
+    fuses: ClassVar[tuple[str, ...]] = ("stochastic", "split24")
+
     def __post_init__(self) -> None:
         check_betas(self.betas)
 
@@ -29,8 +34,17 @@ class Lion(Transform):
         return {"exp_avg": StateSpec(leaf.shape)}
 
     def update(self, grad: Tensor, state: State, step: Step, compressed: Tensor | None = None) -> Delta:
+        return self._direction(grad, state, step, spent=False)
+
+    def consume(self, grad: Tensor, state: State, step: Step) -> Dense:
+        return self._direction(grad, state, step, spent=True)
+
+    def _direction(self, grad: Tensor, state: State, step: Step, spent: bool) -> Dense:
         b1, b2 = step.betas(self.betas)
         m = state["exp_avg"]
+        fused = direction(native_light.lion_, grad.view_as(m), (m,), spent, **self._numbers(step))
+        if fused is not None:
+            return Dense(fused)
         g = grad.to(m.dtype).view_as(m)
         x = (m * b1).add_(g, alpha=1.0 - b1)
         # sign(NaN) is 0 in torch: a NaN would freeze its weight unseen.
@@ -38,12 +52,19 @@ class Lion(Transform):
         m.mul_(b2).add_(g, alpha=1.0 - b2)
         return Dense(u)
 
+    def _numbers(self, step: Step) -> dict[str, Any]:
+        b1, b2 = step.betas(self.betas)
+        return {"beta1": b1, "beta2": b2, "kind": "sign" if self.sign else "none"}
+
     def update_many(self, batch: list[Work]) -> list[Work]:
-        return [work for work in batch if not self._native(work)]
+        return [work for work in batch if not (self._native(work) or self._quantised(work))]
 
     def _native(self, work: Work) -> bool:
+        return one_pass(native_light.lion_, work, ("exp_avg",), **self._numbers(work.step))
+
+    def _quantised(self, work: Work) -> bool:
         slot = work.state.slots["exp_avg"]
-        if slot.form not in ("int8", "int4") or work.maximize or not self.sign:
+        if slot.form not in ("int8", "int4") or work.maximize or not self.sign or LOW in work.state.raw:
             return False
         b1, b2 = work.step.betas(self.betas)
         fused = native.lion8bit_ if slot.form == "int8" else native_fourbit.lion4bit_

@@ -1,7 +1,7 @@
 """Lion-K (Chen, Liu, Liang, Liu 2024, arXiv 2310.05898): Lion with the gradient of any convex function K in the place of the sign."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -9,9 +9,11 @@ from tare.core.checks import check_betas, check_choice
 from tare.core.delta import Delta, Dense
 from tare.core.leaf import Leaf
 from tare.core.state import State
-from tare.core.transform import Sharding, StateSpec, Step, Transform
+from tare.core.transform import Sharding, StateSpec, Step, Transform, Work
+from tare.kernels import native_light
 from tare.rules.maps import Orthogonal, PostMap, UnitNorm
 from tare.rules.matrices import as_matrix, interpolate
+from tare.rules.one_pass import direction, map_numbers, one_pass
 
 Size = Literal["rms", "unit"]
 
@@ -31,6 +33,8 @@ class LionKappa(Transform):
     betas: tuple[float, float] = (0.9, 0.99)
     size: Size = "rms"
     sharding: Sharding = "matrix"  # type: ignore[misc]  # of the map, see below
+
+    fuses: ClassVar[tuple[str, ...]] = ("stochastic", "split24")
 
     def __post_init__(self) -> None:
         check_betas(self.betas)
@@ -54,13 +58,37 @@ class LionKappa(Transform):
         return float(max(rows, columns)) ** 0.5 if isinstance(self.post, Orthogonal) else 1.0
 
     def update(self, grad: Tensor, state: State, step: Step, compressed: Tensor | None = None) -> Delta:
+        return self._direction(grad, state, step, spent=False)
+
+    def consume(self, grad: Tensor, state: State, step: Step) -> Dense:
+        return self._direction(grad, state, step, spent=True)
+
+    def update_many(self, batch: list[Work]) -> list[Work]:
+        return [work for work in batch if not self._native(work)]
+
+    def _native(self, work: Work) -> bool:
+        own = self._numbers(work.step)
+        size = self.size_for(work.step.leaf)
+        return own is not None and one_pass(native_light.lion_, work, ("exp_avg",), size, **own)
+
+    def _numbers(self, step: Step) -> dict[str, Any] | None:
+        """What the kernel is told; None for a map that it does not know."""
         b1, b2 = step.betas(self.betas)
-        m = state["exp_avg"]
+        own = map_numbers(self.post)
+        return None if own is None else {"beta1": b1, "beta2": b2, **own}
+
+    def _direction(self, grad: Tensor, state: State, step: Step, spent: bool) -> Dense:
+        b1, b2 = step.betas(self.betas)
+        m, own, size = state["exp_avg"], self._numbers(step), self.size_for(step.leaf)
+        if own is not None:
+            fused = direction(native_light.lion_, grad.reshape(m.shape), (m,), spent, **own)
+            if fused is not None:
+                return Dense(fused.view(grad.shape), scale=size)
         g = grad.view_as(m) if grad.is_contiguous() else grad.reshape(m.shape)
         dtype = self.post.working_dtype(step.leaf.compute_dtype)
         u = self.post.consume(interpolate(as_matrix(m, step.leaf), as_matrix(g, step.leaf), b1, dtype))
         m.mul_(b2).add_(g, alpha=1.0 - b2)
-        return Dense(u.view(grad.shape), scale=self.size_for(step.leaf))
+        return Dense(u.view(grad.shape), scale=size)
 
     def describe(self) -> str:
         return f"lion, {self.post.describe()}"

@@ -24,6 +24,8 @@ GUARD = 1e-8  # added to root mean squares in the published code
 class Norm:
     """Base. `radius(leaf) * map_of(x)` is the oracle's answer; the factor is kept apart because the write can carry it."""
 
+    elementwise: ClassVar[bool] = False  # whether `map_of` may be asked for any part of x, and leaves that alone
+
     def lmo(self, x: Tensor, leaf: Leaf) -> Tensor:
         """The direction for x in the shape of its leaf; x is kept."""
         return self.map_of(x.clone(), leaf).to(x.dtype).mul_(self.radius(leaf))
@@ -125,6 +127,7 @@ class SignNorm(Norm):
 
     zero_init: bool = False
     normalized: bool = True
+    elementwise: ClassVar[bool] = True
 
     def map_of(self, x: Tensor, leaf: Leaf) -> Tensor:
         return Sign()(x)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from tare.core.leaf import Leaf
+from tare.kernels.paper import few
 
 _BLOCK = 1 << 18  # elements combined at once: the temporaries stay in cache
 
@@ -21,7 +22,7 @@ def interpolate(m: Tensor, g: Tensor, beta: float, dtype: torch.dtype) -> Tensor
         return torch.mul(m, beta).add_(g, alpha=1.0 - beta).to(dtype)
     out = torch.empty(m.shape, dtype=dtype, device=m.device)
     rows = max(1, _BLOCK * m.shape[0] // max(1, m.numel()))
-    for start in range(0, m.shape[0], rows):
+    for start in few(range(0, m.shape[0], rows)):
         part = slice(start, start + rows)
         out[part] = torch.mul(m[part], beta).add_(g[part], alpha=1.0 - beta)
     return out
@@ -32,4 +33,9 @@ def inner_product(a: Tensor, b: Tensor) -> Tensor:
     if a.ndim < 2:
         return (a * b).sum()
     rows = max(1, _BLOCK * a.shape[0] // max(1, a.numel()))
-    return torch.stack([(x * y).sum() for x, y in zip(a.split(rows), b.split(rows), strict=True)]).sum()
+    count = -(-a.shape[0] // rows)
+    parts = torch.empty(count, dtype=torch.promote_types(a.dtype, b.dtype), device=a.device)
+    for number in few(range(count)):
+        part = slice(number * rows, (number + 1) * rows)
+        parts[number] = (a[part] * b[part]).sum()
+    return parts.sum()

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tare.core.checks import check_choice, check_whole
-from tare.kernels import gemm
+from tare.kernels import gemm, symmetric
+from tare.kernels.paper import few
 from tare.rules.postmap import PostMap
 
 # Chosen by Jordan for the steepest slope at zero (a^5 = 485 over five steps), not for convergence to 1: singular values in
@@ -18,6 +19,9 @@ from tare.rules.postmap import PostMap
 A, B, C = 3.4445, -4.7750, 2.0315
 GUARD = 1e-7  # added to the norm, so that zero stays zero
 BLOCK = 256  # columns that one product takes at a time where the iterate is changed in place
+TOGETHER = 5  # steps taken on the Gram matrix before the iterate itself is formed
+LONG = 1.3  # ratio of the sides from which on that is less work
+SMALL = 768  # rows up to which three matrices [s, s] are little memory, whatever the ratio
 
 Form = Literal["bf16", "fp32"]
 
@@ -94,8 +98,11 @@ def _norm(z: Tensor) -> Tensor:
     wide = torch.promote_types(z.dtype, torch.float32)
     if z.device.type != "cpu" or wide == z.dtype or z.ndim != 2:
         return torch.linalg.vector_norm(z, dim=(-2, -1), keepdim=True, dtype=wide)
-    parts = [torch.linalg.vector_norm(block, dtype=wide) for block in z.split(BLOCK)]
-    return torch.linalg.vector_norm(torch.stack(parts)).view(1, 1)
+    blocks = z.split(BLOCK)
+    parts = z.new_empty(len(blocks), dtype=wide)
+    for number, block in few(enumerate(blocks)):
+        parts[number] = torch.linalg.vector_norm(block, dtype=wide)
+    return torch.linalg.vector_norm(parts).view(1, 1)
 
 
 def _iterate_whole(y: Tensor, steps: int) -> Tensor:
@@ -112,7 +119,7 @@ def _iterate_whole(y: Tensor, steps: int) -> Tensor:
 def _iterate_as_published(y: Tensor, steps: int) -> Tensor:
     """Small matrices in the published order of operations, which fp32 results follow to the last bit."""
     with gemm.fast_matmul():
-        for _ in range(steps):
+        for _ in few(range(steps)):
             gram = y @ y.mT
             y = A * y + (B * gram + (C * gram) @ gram) @ y
     return y
@@ -121,26 +128,25 @@ def _iterate_as_published(y: Tensor, steps: int) -> Tensor:
 def _iterate_in_place(y: Tensor, steps: int) -> None:
     """One matrix [s, l] in place, with fp32 products (fp64 for fp64) by blocks of columns.
 
-    The polynomial b A + c A^2 is formed where it is small beside X; else A is multiplied twice, which needs no second s x s.
+    The polynomial b A + c A^2 is formed where it is small, or small beside X; else A is multiplied twice, which needs no second s x s.
     """
     side, length = y.shape
     if y.dtype.itemsize > 2 and side <= 2 * BLOCK:
         y.copy_(_iterate_as_published(y, steps))
         return
+    if y.dtype.itemsize == 2 and length >= LONG * side and (side <= SMALL or length >= 4 * side):
+        _iterate_by_gram(y, steps)
+        return
     wide = torch.promote_types(y.dtype, torch.float32)
-    polynomial = length >= 2 * side
+    polynomial = length >= 2 * side or side <= 2 * BLOCK
+    width = BLOCK if length >= 2 * side or not polynomial else BLOCK // 2  # so that it needs no more memory
     gram = torch.empty(side, side, dtype=wide, device=y.device)
-    blocks = y.split(BLOCK, dim=1) if y.dtype != wide or length > 2 * BLOCK else (y,)
+    blocks = y.split(width, dim=1) if y.dtype != wide or length > 2 * BLOCK else (y,)
     with gemm.fast_matmul():
-        for _ in range(steps):
-            if y.dtype == wide:
-                torch.mm(y, y.mT, out=gram)
-            else:
-                for number, block in enumerate(blocks):
-                    x = block.to(wide)
-                    gram.addmm_(x, x.mT, beta=1.0 if number else 0.0)
-            poly = torch.addmm(gram, gram, gram, beta=B, alpha=C) if polynomial else gram
-            for block in blocks:
+        for _ in few(range(steps)):
+            _gram_of(y, gram)
+            poly = symmetric.polynomial(gram, B, C, torch.empty_like(gram)) if polynomial else gram
+            for block in few(blocks):
                 x = block.to(wide)  # the block itself where nothing is to be widened
                 t = poly @ x
                 if polynomial:
@@ -148,6 +154,41 @@ def _iterate_in_place(y: Tensor, steps: int) -> None:
                 else:
                     x = torch.addmm(t, poly, t, beta=B, alpha=C).add_(x, alpha=A)
                     block.copy_(x)
+
+
+def _iterate_by_gram(y: Tensor, steps: int) -> None:
+    """One bf16 matrix [s, l] in place, with fp32 products: X_k = Q_k X, Q_k = P_k .. P_1 with P = a I + b A + c A^2, A <- P A P.
+
+    All of these are symmetric and commute, so that two products of a whole round are as long as X: the first and the last. What a
+    squared condition number costs in fp32 is less than the rounding of every iterate to bf16 cost; X is rounded, and A made
+    anew, after five steps, before the errors of its smallest eigenvalues, which grow by a^2 a step, are seen.
+    """
+    wide, side = torch.float32, y.shape[0]
+    with gemm.fast_matmul():
+        for done in range(0, steps, TOGETHER):
+            count = min(TOGETHER, steps - done)
+            a = _gram_of(y, torch.empty(side, side, dtype=wide, device=y.device))
+            q = p = None
+            for number in few(range(count)):
+                p = symmetric.polynomial(a, B, C, torch.empty_like(a) if p is None or p is q else p)
+                p.diagonal().add_(A)
+                q = p if q is None else symmetric.multiply_(q, p)
+                if number + 1 < count:
+                    symmetric.multiply_(symmetric.multiply_(a, p), p)
+            assert q is not None
+            del a, p
+            for block in few(y.split(BLOCK, dim=1)):
+                block.copy_(q @ block.to(wide))
+
+
+def _gram_of(y: Tensor, out: Tensor) -> Tensor:
+    """Y Y^T in the dtype of `out`; what is narrower is widened by blocks of columns."""
+    if y.dtype == out.dtype:
+        return symmetric.gram(y, out)
+    for number, block in few(enumerate(y.split(BLOCK, dim=1))):
+        x = block.to(out.dtype)
+        symmetric.lower(x, x.mT, out, beta=1.0 if number else 0.0)
+    return symmetric.mirror_(out)
 
 
 @cache

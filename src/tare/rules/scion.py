@@ -11,12 +11,14 @@ from torch import Tensor
 
 from tare.core.checks import check_betas, check_number
 from tare.core.delta import Delta, Dense
+from tare.core.lazy import Mapped
 from tare.core.leaf import Leaf
 from tare.core.state import State
 from tare.core.tensors import is_fake
 from tare.core.transform import Sharding, StateSpec, Step, Transform, Work
 from tare.core.write import update_leaf
 from tare.rules.lmo import Norm
+from tare.rules.matrices import as_matrix
 
 
 @dataclass(frozen=True)
@@ -46,17 +48,20 @@ class Scion(Transform):
     def update(self, grad: Tensor, state: State, step: Step, compressed: Tensor | None = None) -> Delta:
         return self.step_by(grad, state, step, self.averaging, self.scale)
 
-    def step_by(self, grad: Tensor, state: State, step: Step, a: float, scale: float) -> Dense:
+    def step_by(self, grad: Tensor, state: State, step: Step, a: float, scale: float) -> Dense | Mapped:
         """The update with another averaging and scale."""
-        dtype = self.norm.working_dtype(step.leaf.compute_dtype)
+        leaf, scale = step.leaf, scale * self.norm.radius(step.leaf)
+        source = grad
         if "momentum_buffer" in state:
-            b = state["momentum_buffer"]
-            b.mul_(1.0 - a).add_(grad, alpha=a)
-            x = b.to(dtype, copy=True)
-        else:
-            x = grad.to(dtype, copy=True)
-        u = self.norm.map_of(x.contiguous(), step.leaf)
-        return Dense(u.view(grad.shape), scale=scale * self.norm.radius(step.leaf))
+            source = state["momentum_buffer"]
+            source.mul_(1.0 - a).add_(grad, alpha=a)
+        if (
+            self.norm.elementwise and grad.ndim and grad.device.type == "cpu"
+        ):  # mapped as it is written, by blocks of rows
+            x = as_matrix(source, leaf)
+            return Mapped(Dense(x), lambda part: self.norm.map_of(part, leaf), tuple(x.shape), scale, by_rows=True)
+        x = source.to(self.norm.working_dtype(leaf.compute_dtype), copy=True)
+        return Dense(self.norm.map_of(x.contiguous(), leaf).view(grad.shape), scale=scale)
 
     def describe(self) -> str:
         return f"scion, {self.norm.describe()}"

@@ -1,6 +1,7 @@
 """Rules without state: the gradient itself, or a map of it (sign, normalisation, whitening: signSGD, SinkGD, SWAN), times a constant."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -9,8 +10,10 @@ from tare.core.checks import check_number
 from tare.core.delta import Delta, Dense
 from tare.core.leaf import Leaf
 from tare.core.state import State
-from tare.core.transform import Sharding, StateSpec, Step, Transform
+from tare.core.transform import Sharding, StateSpec, Step, Transform, Work
+from tare.kernels import native_light
 from tare.rules.matrices import as_matrix
+from tare.rules.one_pass import map_numbers, one_pass
 from tare.rules.postmap import PostMap
 
 
@@ -24,6 +27,8 @@ class Stateless(Transform):
     map: PostMap | None = None
     scale: float = 1.0
 
+    fuses: ClassVar[tuple[str, ...]] = ("stochastic", "split24")
+
     def __post_init__(self) -> None:
         check_number("scale", self.scale, 0.0, inclusive=True)
 
@@ -35,6 +40,10 @@ class Stateless(Transform):
     def workspace(self) -> float:  # type: ignore[override]
         return 1.0 if self.map is None else self.map.workspace
 
+    @property
+    def proportional(self) -> float | None:  # type: ignore[override]
+        return self.scale if self.map is None else None
+
     def spec(self, leaf: Leaf) -> dict[str, StateSpec]:
         return {}
 
@@ -45,6 +54,12 @@ class Stateless(Transform):
             return Dense(g.reshape(grad.shape), self.scale)
         u = self.map(g) if g.dtype == grad.dtype else self.map.consume(g)
         return Dense(u.reshape(grad.shape), scale=self.scale)
+
+    def update_many(self, batch: list[Work]) -> list[Work]:
+        numbers = map_numbers(self.map)
+        if numbers is None:
+            return batch
+        return [work for work in batch if not one_pass(native_light.mapped_, work, (), self.scale, **numbers)]
 
     def describe(self) -> str:
         return "sgd" if self.map is None else self.map.describe()

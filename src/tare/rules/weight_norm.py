@@ -17,6 +17,8 @@ from tare.core.leaf import Leaf
 from tare.core.state import State
 from tare.core.storage import Storage
 from tare.core.transform import Sharding, StateSpec, Step, Transform
+from tare.kernels import native_norms, plain_norms
+from tare.kernels.paper import few
 from tare.rules.adam import Adam
 
 _BLOCK = 1 << 18  # elements: rows of W, G and U of this many stay in cache
@@ -142,12 +144,11 @@ class WeightNorm(Transform):
 
     def _sums(self, w: "_Weight", big: Tensor) -> tuple[Tensor, Tensor]:
         """Norms of W and inner products of G and W along the axis."""
-        squares, slopes = _Along(self._dim, w), _Along(self._dim, w)
+        along = _Along(self._dim, w)
         for start, stop in w.spans():
-            part = w.rows(start, stop)
-            squares.add(part, part)
-            slopes.add(big[start:stop].to(w.dtype), part)
-        return squares.total().sqrt_(), slopes.total()
+            along.add(start, w.rows(start, stop), big[start:stop].to(w.dtype))
+        slope, square = along.total()
+        return square.sqrt_(), slope
 
     @staticmethod
     def _tangent(w: "_Weight", big: Tensor, lift: Tensor, along: Tensor) -> Tensor:
@@ -160,13 +161,12 @@ class WeightNorm(Transform):
 
     def _lifted(self, delta: Delta, w: "_Weight", out: Tensor) -> tuple[Tensor, Tensor]:
         """U into `out`, whose gradient the delta may still read, row by row; <W, U> and |U|^2 along the axis."""
-        cross, square = _Along(self._dim, w), _Along(self._dim, w)
+        along = _Along(self._dim, w)
         for start, stop in w.spans():
             part = out[start:stop]
             part.copy_(delta.rows(start, stop).reshape(part.shape))
-            cross.add(w.rows(start, stop), part)
-            square.add(part, part)
-        return cross.total(), square.total()
+            along.add(start, part, w.rows(start, stop))
+        return along.total()
 
     @staticmethod
     def _blend(out: Tensor, w: "_Weight", a: Tensor, b: Tensor) -> None:
@@ -195,25 +195,40 @@ class _Weight:
 
     def spans(self) -> Iterator[tuple[int, int]]:
         rows = max(1, _BLOCK // max(1, self.width))
-        return ((start, min(start + rows, self.shape[0])) for start in range(0, self.shape[0], rows))
+        return ((start, min(start + rows, self.shape[0])) for start in few(range(0, self.shape[0], rows)))
 
 
 class _Along:
-    """Inner products along an axis, gathered over blocks of rows: summed where the axis runs down a single matrix."""
+    """<a, b> and |a|^2 along an axis, gathered over blocks of rows: summed where the axis runs down a single matrix."""
 
     def __init__(self, dim: int, w: _Weight):
-        self.dim, self.summed = dim, dim == -2 and len(w.shape) == 2
-        self.parts: list[Tensor] = []
+        self.dim, self.summed, self.rows = dim, dim == -2 and len(w.shape) == 2, w.shape[0]
+        self.whole: tuple[Tensor, Tensor] | None = None  # [m, 1], [1, n] or [E, ..]
 
-    def add(self, a: Tensor, b: Tensor) -> None:
-        part = torch.linalg.vecdot(a, b, dim=self.dim).unsqueeze(self.dim)
-        if self.summed and self.parts:
-            self.parts[0] += part
-        else:
-            self.parts.append(part)
+    def add(self, start: int, a: Tensor, b: Tensor) -> None:
+        parts = _inner(a, b, self.dim)
+        if self.whole is None:
+            first, second = (x if self.summed else x.new_empty(self.rows, *x.shape[1:]) for x in parts)
+            self.whole = first, second
+        elif self.summed:
+            for total, part in zip(self.whole, parts, strict=True):
+                total += part
+        if not self.summed:
+            for whole, part in zip(self.whole, parts, strict=True):
+                whole[start : start + part.shape[0]] = part
 
-    def total(self) -> Tensor:
-        return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
+    def total(self) -> tuple[Tensor, Tensor]:
+        assert self.whole is not None
+        return self.whole
+
+
+def _inner(a: Tensor, b: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    if a.ndim == 2 and a.dtype == b.dtype == torch.float32:
+        shape = (a.shape[0], 1) if dim == -1 else (1, a.shape[1])
+        product, square = a.new_empty(shape), a.new_empty(shape)
+        if native_norms.inner(a, b, "rows" if dim == -1 else "columns", product, square):
+            return product, square
+    return plain_norms.inner(a, b, dim)
 
 
 def _cut(factor: Tensor, start: int, stop: int) -> Tensor:

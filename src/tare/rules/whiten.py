@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from tare.core.checks import check_choice, check_whole
-from tare.kernels import gemm
+from tare.kernels import gemm, symmetric
+from tare.kernels.paper import few
 from tare.rules.postmap import PostMap
 
 BLOCK = 256  # columns that are normalised at a time
@@ -57,13 +58,14 @@ class Whiten(PostMap):
 
         gram = torch.empty(x.shape[0], x.shape[0], dtype=x.dtype, device=x.device)
         with gemm.fast_matmul():
-            for number, (block, _) in enumerate(pairs):
+            for number, (block, _) in few(enumerate(pairs)):
                 g = normalised(block)
-                gram.addmm_(g, g.mT, beta=1.0 if number else 0.0)
+                symmetric.lower(g, g.mT, gram, beta=1.0 if number else 0.0)
+            symmetric.mirror_(gram)
             size = gram.diagonal().sum()  # |G|_F^2
             root = exact_root(gram) if self.backend == "eigh" else inverse_root_(gram, self.iterations)
             del gram
-            for block, to in pairs:
+            for block, to in few(pairs):
                 torch.mm(root, normalised(block), out=to)
         if self.rescale:
             norm = torch.linalg.vector_norm(out)
@@ -99,7 +101,7 @@ def row_factors(x: Tensor, how: str) -> tuple[Tensor, Tensor]:
 def inverse_root_(a: Tensor, iterations: int) -> Tensor:
     """A^(-1/2) of a symmetric A [s, s], whose memory is taken, by Y <- Y T, Z <- T Z, T = (3 I - Z Y) / 2, from Y = A / |A|_F.
 
-    The factors commute, so that their order does not matter.
+    The factors commute, so that their order does not matter, and every product is symmetric.
     """
     size = torch.linalg.vector_norm(a)
     size.masked_fill_(size == 0, 1.0)
@@ -107,10 +109,10 @@ def inverse_root_(a: Tensor, iterations: int) -> Tensor:
     z = y.mul(-0.5)  # Z = I at first
     z.diagonal().add_(1.5)
     t, spare = z.clone(), torch.empty_like(z)
-    for _ in range(iterations - 1):
-        y, spare = torch.mm(y, t, out=spare), y
-        torch.mm(z, y, out=t).mul_(-0.5).diagonal().add_(1.5)
-        z, spare = torch.mm(t, z, out=spare), z
+    for _ in few(range(iterations - 1)):
+        y, spare = symmetric.product(y, t, spare), y
+        symmetric.product(z, y, t).mul_(-0.5).diagonal().add_(1.5)
+        z, spare = symmetric.product(t, z, spare), z
     return z.div_(size.sqrt_())
 
 

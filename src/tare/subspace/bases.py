@@ -81,6 +81,15 @@ class Basis:
         """
         raise NotImplementedError
 
+    def watching(self) -> "Basis":
+        """What stands for this basis in one refresh, where R comes along with it (`seen`): itself, where it does not."""
+        return self
+
+    @property
+    def seen(self) -> Tensor | None:
+        """R of the gradient that the basis was just computed from, if it came along."""
+        return None
+
     def at(self, kept: Tensor, g: Tensor, side: Side, dtype: torch.dtype, exact: bool = True) -> Projection:
         """The projection of one step. exact: False when the storage has rounded what is kept."""
         return Matrix(kept, side, self.orthonormal and exact)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tare.core.checks import check_choice
 from tare.core.errors import InputError
+from tare.core.lazy import take
 from tare.core.leaf import Leaf
 from tare.core.random import bits
 from tare.core.transform import StateSpec
@@ -22,16 +23,18 @@ Order = Literal["random", "greedy"]
 
 
 def gathered(old: Tensor, fresh: Tensor) -> Turn:
-    """Coordinates that stay chosen keep their moments, new ones start from zero: an exact gather."""
+    """Coordinates that stay chosen keep their moments, new ones start from zero: an exact gather. Numbers [.., r]."""
+    numbers, places = old.sort(-1)
+    found = torch.searchsorted(numbers, fresh).clamp_(max=old.shape[-1] - 1)
+    lost = numbers.gather(-1, found) != fresh
+    place = places.gather(-1, found)
 
     def turn(x: Tensor, side: Side, signed: bool) -> Tensor:
-        same = fresh.unsqueeze(-1) == old.unsqueeze(-2)  # [.., r, r]
-        kept, place = same.any(-1), same.to(torch.int8).argmax(-1)
-        dim = -2 if side == "left" else -1
         if x.ndim == 1:
-            return torch.where(kept, x[place], 0.0)
-        mask, where = (t.unsqueeze(-1) if dim == -2 else t.unsqueeze(-2) for t in (kept, place))
-        return torch.where(mask, x.gather(dim, where.expand(x.shape)), 0.0)
+            return x.index_select(0, place).masked_fill_(lost, 0.0)
+        dim = -2 if side == "left" else -1
+        mask = lost.unsqueeze(-1) if dim == -2 else lost.unsqueeze(-2)
+        return take(x, place, dim).masked_fill_(mask, 0.0)
 
     return turn
 

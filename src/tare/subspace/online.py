@@ -25,11 +25,13 @@ def pca_gradient(g: Tensor, p: Tensor, r: Tensor, side: Side) -> Tensor:
 
     r: P^T G (left) or G P (right), which the step has anyway. A zero gradient gives zero.
     """
-    norm = whole_norm(g.to(p.dtype)).square()
+    square = whole_norm(g.to(p.dtype)).square_().clamp_min_(torch.finfo(p.dtype).tiny)
     with gemm.fast_matmul():
         x = g @ r.mT.to(g.dtype) if side == "left" else g.mT @ r.to(g.dtype)  # K P, [s, r]
-        x = x.to(p.dtype) / norm.clamp_min(torch.finfo(p.dtype).tiny)
-        return 2.0 * (p @ (p.mT @ x) + x @ (p.mT @ p) - 2.0 * x)
+        x = x.to(p.dtype).mul_(square.reciprocal_().mul_(2.0))  # 2 X
+        inner = p.mT @ p  # [r, r], less 2 I: what X is multiplied by
+        inner.diagonal().sub_(2.0)
+        return (x @ inner).addmm_(p, p.mT @ x)
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,24 @@ class OnlineBasis(Basis):
             slope = slope + 4.0 * self.orthogonality * (p @ (p.mT @ p - eye))
         state["basis_steps"] += 1
         lr = step.lr / (float(step.options.get("reference_lr", 1.0)) or 1.0) / self.gap
-        state["basis"] = p * (1.0 - lr * self.weight_decay) - lr * self._direction(slope, state, state["basis_steps"])
+        if not self._fused(slope, state, lr):
+            moved = p * (1.0 - lr * self.weight_decay)
+            state["basis"] = moved.sub_(self._direction(slope, state, state["basis_steps"]), alpha=lr)
+
+    def _fused(self, slope: Tensor, state: Any, lr: float) -> bool:
+        """AdamW's step by torch's kernel, basis included, in one pass; False where something is not kept as plain numbers."""
+        names = ("basis", "basis_exp_avg", "basis_exp_avg_sq")
+        if self.mover != "adamw" or torch.compiler.is_compiling() or any(state.slots[x].form != "plain" for x in names):
+            return False
+        p, m, v = (state[name] for name in names)
+        if slope.dtype not in (torch.float32, torch.float64) or not p.dtype == m.dtype == v.dtype == slope.dtype:
+            return False
+        count = torch.scalar_tensor(state["basis_steps"], dtype=torch.float32, device=p.device)
+        torch._fused_adamw_(
+            [p], [slope.contiguous()], [m], [v], [], [count], lr=lr, beta1=self.betas[0], beta2=self.betas[1],
+            weight_decay=self.weight_decay, eps=self.eps, amsgrad=False, maximize=False,
+        )  # fmt: skip
+        return True
 
     def _direction(self, slope: Tensor, state: Any, count: int) -> Tensor:
         if self.mover == "sgd":

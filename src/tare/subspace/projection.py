@@ -6,9 +6,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tare.core.delta import Delta, Dense, LowRank
+from tare.core.delta import _BLOCK, Delta, Dense, LowRank
 from tare.core.lazy import Outside, Picked, Unpicked, take
-from tare.kernels import gemm
+from tare.kernels import gemm, native_norms
+from tare.kernels.paper import few
 
 Side = Literal["left", "right"]
 
@@ -28,6 +29,10 @@ class Projection:
         """R, in the dtype of the arithmetic."""
         raise NotImplementedError
 
+    def measured(self, g: Tensor) -> tuple[Tensor, Tensor | None]:
+        """R, and the norms of G's channels, kept as a dimension of size one, where they come with it for nothing."""
+        return self.project(g), None
+
     def lift(self, direction: Dense, scale: float = 1.0) -> Delta:
         """The direction in the full space, times `scale`."""
         raise NotImplementedError
@@ -35,6 +40,13 @@ class Projection:
     def outside(self, g: Tensor, projected: Tensor, a: float) -> Delta:
         """G - a lift(R), lazily."""
         raise NotImplementedError
+
+    def subtract_(self, g: Tensor, projected: Tensor, a: float) -> None:
+        """G <- G - a lift(R), in place."""
+        rest = self.outside(g, projected, a)
+        step = max(1, _BLOCK * g.shape[0] // max(1, g.numel()))
+        for start in few(range(0, g.shape[0], step)):
+            g[start : start + step] = rest.rows(start, start + step)
 
     def squared_lengths(self, x: Tensor) -> Tensor:
         """Squared norms of the columns (left) or rows (right) of lift(x), kept as a dimension of size one."""
@@ -55,6 +67,14 @@ class Matrix(Projection):
             r = q.mT @ g if self.side == "left" else g @ q
         return r if r.dtype == p.dtype or p.dtype == torch.bfloat16 else r.to(p.dtype)
 
+    def measured(self, g: Tensor) -> tuple[Tensor, Tensor | None]:
+        if g.ndim == 2 and self.p.shape[-1] == 1 and self.p.dtype == torch.float32:  # one reading of G for both
+            shape = (1, g.shape[1]) if self.side == "left" else (g.shape[0], 1)
+            r, squares = (torch.empty(shape, dtype=self.p.dtype, device=g.device) for _ in range(2))
+            if native_norms.project_one(g, self.p, self.side, r, squares):
+                return r, squares.sqrt_()
+        return self.project(g), None
+
     def factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(left, right) whose product is lift(x)."""
         p = self.p if self.p.dtype == x.dtype else self.p.to(x.dtype)
@@ -67,6 +87,14 @@ class Matrix(Projection):
     def outside(self, g: Tensor, projected: Tensor, a: float) -> Outside:
         left, right = self.factors(projected)
         return Outside(g, left, right, a)
+
+    def subtract_(self, g: Tensor, projected: Tensor, a: float) -> None:
+        if g.ndim != 2 or g.dtype != projected.dtype:
+            super().subtract_(g, projected, a)
+            return
+        left, right = self.factors(projected)
+        with gemm.fast_matmul():
+            g.addmm_(left, right, alpha=-a)
 
     def squared_lengths(self, x: Tensor) -> Tensor:
         dim = -2 if self.side == "left" else -1
@@ -136,7 +164,7 @@ class Heads(Projection):
         return Dense(self._lifted(direction.u), scale * direction.scale, lr_inside=direction.lr_inside)
 
     def outside(self, g: Tensor, projected: Tensor, a: float) -> Dense:
-        return Dense(g.to(projected.dtype) - a * self._lifted(projected))
+        return Dense(self._lifted(projected).mul_(-a).add_(g))
 
     def squared_lengths(self, x: Tensor) -> Tensor:
         return x.square().sum(-2, keepdim=True)

@@ -1,15 +1,18 @@
 """Renewal: one refresh of one leaf: a new basis where the gradient can give one, and the moments carried over into it."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from tare.core.tensors import is_fake
 from tare.core.transform import Step
 from tare.subspace.bases import Basis
 from tare.subspace.projection import Side
 from tare.subspace.refresh import Refresh
+
+Early = Literal["sum", "part"]
 
 
 def renew(
@@ -22,11 +25,19 @@ def renew(
     state: Any,
     step: Step,
     healthy: Callable[[Tensor], bool],
+    early: Early | None = None,
 ) -> None:
-    """Compute and keep the bases `names` from g [.., m, n]. On failure the old ones stay, it is counted, and owed."""
+    """Compute and keep the bases `names` from g [.., m, n]. On failure the old ones stay, it is counted, and owed.
+
+    early: ahead of the step, where a failure is left to the step itself; from the `sum` of its gradients, or from a `part`
+    of them, which must then show something of every expert.
+    """
     previous = step.count - 1
     number = refresh.number(state, previous, step.phase)
     fit = not basis.needs_gradient or healthy(g)
+    live = g.flatten(1).abs().amax(1) > 0 if g.ndim > 2 and basis.needs_gradient else None  # [E]
+    if early == "part" and live is not None and not (is_fake(live) or bool(live.all())):
+        return
     first = state["refreshed"] == 0
     found: list[tuple[str, Side, Tensor | None, Tensor]] = []
     for name, side in names:
@@ -34,6 +45,8 @@ def renew(
             continue
         old = None if first else state[name]
         fresh = basis.compute(g, side, old, step.random_key(number, name), previous) if fit else None
+        if fresh is None and early is not None:
+            return
         if fresh is None:
             state["refresh_failures"] += 1
             state["refresh_owed"] = 1
@@ -42,8 +55,11 @@ def renew(
                     spec = state.slots[other].spec
                     state[other] = basis.fallback(spec, step.leaf.compute_dtype, g.device)
             return
-        if g.ndim > 2 and basis.needs_gradient:
-            fresh = _only_live(fresh, g, old, basis, state, name, step)
+        if live is not None:
+            # Experts that saw no token keep the basis they had: their gradient is zero and any basis would be arbitrary.
+            spec, dtype = state.slots[name].spec, step.leaf.compute_dtype
+            before = basis.fallback(spec, dtype, g.device) if old is None else old
+            fresh = torch.where(live.view(-1, *(1,) * (fresh.ndim - 1)), fresh, before.to(fresh.dtype))
         found.append((name, side, old, fresh))
     if not first:
         if transfer == "zero":
@@ -64,11 +80,3 @@ def renew(
     state["refreshed"] = number
     state["refreshed_at"] = previous
     state["refresh_owed"] = 0
-
-
-def _only_live(fresh: Tensor, g: Tensor, old: Tensor | None, basis: Basis, state: Any, name: str, step: Step) -> Tensor:
-    """Experts that saw no token keep the basis they had: their gradient is zero and any basis would be arbitrary."""
-    live = g.flatten(1).abs().amax(1) > 0  # [E]
-    if old is None:
-        old = basis.fallback(state.slots[name].spec, step.leaf.compute_dtype, g.device)
-    return torch.where(live.view(-1, *(1,) * (fresh.ndim - 1)), fresh, old.to(fresh.dtype))

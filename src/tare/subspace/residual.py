@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tare.core.checks import check_choice, check_number
-from tare.core.delta import _BLOCK, Delta, Dense, Scaled, Sum
+from tare.core.delta import Delta, Dense, Scaled, Sum
 from tare.core.errors import InputError
 from tare.core.lazy import Mapped, squared_norm
 from tare.core.leaf import Leaf
@@ -23,9 +23,9 @@ from tare.subspace.projection import Matrix, Projection
 _GUARD = 1e-8  # added to |R_j| in the published codes of Fira and APOLLO
 
 
-def norm_ratio(direction: Tensor, projected: Tensor, dim: int, scale: float = 1.0) -> Tensor:
-    """phi_j = scale |N_j| / (|R_j| + 1e-8) over `dim`, broadcastable against G."""
-    return column_norms(direction, dim).mul_(scale).div_(column_norms(projected, dim).add_(_GUARD))
+def norm_ratio(direction: Tensor, length: Tensor, dim: int, scale: float = 1.0) -> Tensor:
+    """phi_j = scale |N_j| / (|R_j| + 1e-8) over `dim`, broadcastable against G. length: |R_j|."""
+    return column_norms(direction, dim).mul_(scale).div_(length + _GUARD)
 
 
 @dataclass
@@ -98,10 +98,11 @@ class NormRatioResidual(Residual):
         a = 1.0 if paper else p.alpha
         dim = p.at.channel
         assert dim is not None
-        phi = norm_ratio(direction.u, p.projected, dim, abs(direction.scale if paper else direction.uncorrected))
+        length = column_norms(p.projected, dim, direction.u.dtype)
+        phi = norm_ratio(direction.u, length, dim, abs(direction.scale if paper else direction.uncorrected))
         scale = p.alpha if paper else direction.correction
         if isinstance(p.at, Matrix) and (1.0 - a) ** 2 > 0.05:
-            return self._folded(p, a, dim, phi, scale)
+            return self._folded(p, a, dim, phi, scale, length)
         rest = p.at.outside(p.g, p.projected, a)
         outside = rest.rows(0, p.g.shape[0])
         if outside.dtype != phi.dtype:
@@ -112,19 +113,21 @@ class NormRatioResidual(Residual):
         return Sum((lifted(), Scaled(outside, phi, scale)))
 
     @staticmethod
-    def _folded(p: Parts, a: float, dim: int, phi: Tensor, scale: float) -> Delta:
+    def _folded(p: Parts, a: float, dim: int, phi: Tensor, scale: float, length: Tensor) -> Delta:
         """The same without forming G - a lift(R): alpha lift(N) + (G - a lift(R)) phi = lift(alpha N - a R phi) + G phi.
 
         Its column norms come from |G_j|^2 - 2 a |R_j|^2 + a^2 |lift(R)_j|^2, which is accurate only while a is not near 1:
-        there the difference cancels, and the residual is formed.
+        there the difference cancels, and the residual is formed. length: |R_j|, which is |lift(R)_j| too if P is orthonormal.
         """
         if p.limiter is not None:
-            wide = p.g if p.g.dtype == phi.dtype else p.g.to(phi.dtype)
-            inside = column_norms(p.projected, dim).square()
-            sizes = column_norms(wide, dim).square() - 2.0 * a * inside + a * a * p.at.squared_lengths(p.projected)
+            inside = length.square()
+            lifted = inside if p.at.orthonormal else p.at.squared_lengths(p.projected)
+            sizes = column_norms(p.g, dim, phi.dtype).square_().sub_(inside, alpha=2.0 * a).add_(lifted, alpha=a * a)
             _times(phi, p.limited(_norm(sizes.clamp_(min=0.0).sqrt_().mul_(phi), p.stack)))
-        direction = p.direction
-        joint = direction.u * (p.alpha * direction.scale) - p.projected * (phi * (a * scale))
+        direction, share = p.direction, phi * (-a * scale)
+        same = p.projected.dtype == direction.u.dtype  # then R, which nobody reads any more, gives its memory
+        joint = p.projected.mul_(share) if same else p.projected * share
+        joint.add_(direction.u, alpha=p.alpha * direction.scale)
         return Sum((p.at.lift(Dense(joint, lr_inside=direction.lr_inside)), Scaled(p.g, phi, scale)))
 
 
@@ -201,8 +204,5 @@ class FeedbackResidual(Residual):
 
     def update(self, parts: Parts, lifted: Callable[[], Delta]) -> Delta:
         p = parts
-        rest = p.at.outside(p.g, p.projected, self.share)
-        step = max(1, _BLOCK * p.g.shape[0] // max(1, p.g.numel()))
-        for start in range(0, p.g.shape[0], step):
-            p.g[start : start + step] = rest.rows(start, start + step)
+        p.at.subtract_(p.g, p.projected, self.share)
         return lifted()

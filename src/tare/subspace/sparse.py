@@ -12,10 +12,13 @@ from tare.core.delta import Delta, Sum
 from tare.core.errors import InputError
 from tare.core.lazy import Outside, Picked, take
 from tare.core.leaf import Leaf
+from tare.core.tensors import is_fake
 from tare.core.transform import StateSpec
+from tare.kernels.paper import few
 from tare.subspace.residual import Parts, Residual
 
 _BLOCK = 1 << 18  # products formed at once
+DENSE = 256  # from one entry in so many on, products of whole rows are less work than inner products of entries
 
 
 @dataclass(frozen=True)
@@ -75,22 +78,49 @@ class SparseResidual(Residual):
 
 
 def sampled(rest: Delta, index: Tensor, g: Tensor) -> Tensor:
-    """Entries of G - a lift(R) by number, without forming the rest of it.
+    """Entries of G - a lift(R) by number, ascending, without forming the rest of it, or no more than some rows at a time.
 
     Differences at the level of rounding count as zero: Adam would enlarge them to full size.
     """
     if not isinstance(rest, Outside) or g.ndim == 3:
         whole = take(rest.rows(0, g.shape[0]), index, 0)
         return _cleaned(whole, take(g, index, 0).to(whole.dtype))
+    found = rest.left.new_empty(index.numel())
+    if index.numel() * DENSE >= g.numel():
+        _by_rows(rest, index, g, found)
+    else:
+        _by_entries(rest, index, g, found)
+    return found
+
+
+def _by_entries(rest: Outside, index: Tensor, g: Tensor, found: Tensor) -> None:
+    """An inner product for each entry."""
     n = g.shape[-1]
     size = max(1, _BLOCK // rest.right.shape[0])
-    found = []
-    for part in index.long().split(size):
+    for start in few(range(0, index.numel(), size)):
+        part = index[start : start + size].long()
         i, j = part // n, part % n
         inside = (rest.left[i] * rest.right[:, j].mT.to(rest.left.dtype)).sum(-1)
         entries = g[i, j].to(inside.dtype)
-        found.append(_cleaned(entries - rest.a * inside, entries))
-    return torch.cat(found) if found else torch.empty(0, dtype=g.dtype)
+        found[start : start + size] = _cleaned(entries - rest.a * inside, entries)
+
+
+def _by_rows(rest: Outside, index: Tensor, g: Tensor, found: Tensor) -> None:
+    """Whole rows of the rest, of which the entries are taken: a product is fast enough to waste most of it."""
+    m, n = g.shape
+    height = max(1, _BLOCK // n)
+    starts = list(range(0, m, height))
+    if is_fake(index):
+        bounds = [len(found) * number // len(starts) for number in range(len(starts))]
+    else:
+        edges = torch.tensor(starts, dtype=index.dtype, device=index.device).mul_(n)
+        bounds = torch.searchsorted(index, edges).tolist()
+    spans = list(zip(starts, bounds, [*bounds[1:], len(found)], strict=True))
+    for start, first, last in few(spans):
+        part = index[first:last].long() - start * n
+        block = rest.rows(start, start + height).view(-1).index_select(0, part)
+        entries = g[start : start + height].reshape(-1).index_select(0, part)
+        found[first:last] = _cleaned(block, entries.to(block.dtype))
 
 
 def _cleaned(rest: Tensor, of: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from tare.subspace.bases import Basis
 from tare.subspace.limiter import NormGrowth
 from tare.subspace.projection import Projection, Side
 from tare.subspace.refresh import Refresh
-from tare.subspace.renewal import renew
+from tare.subspace.renewal import Early, renew
 from tare.subspace.residual import Parts, Residual
 
 SideChoice = Literal["shorter", "longer", "left", "right", "both"]
@@ -92,6 +92,11 @@ class Subspace(Transform):
     def accumulates(self) -> bool:  # type: ignore[override]
         """Sums of R are enough where G itself is not used again."""
         return self.lift == "back" and self.residual is None and not self.basis.moves
+
+    @property
+    def drawn(self) -> bool:  # type: ignore[override]
+        """The basis comes from its key, not from G."""
+        return self.basis.seedable
 
     def side_of(self, m: int, n: int) -> Side:
         """Square counts as tall, and tall is projected on the right."""
@@ -184,20 +189,28 @@ class Subspace(Transform):
         if self.residual is not None:
             g = self.residual.intake(g, state)
         side = self.side_of(*leaf.matrix)
-        if self._due(state, step):
-            self._refresh(g, side, state, step)
+        seen = self._refresh(g, side, state, step) if self.due(state, step) else None
         if self.side == "both":
             delta = self._two_sided(g, state, step, compressed)
         else:
-            delta = self._one_sided(g, side, state, step, compressed)
+            delta = self._one_sided(g, side, state, step, compressed, seen)
         if self.post is None:
             return delta
         by_rows = self.post.sharding == "elementwise"
         return Mapped(delta, self.post, leaf.view, step.lr if delta.scaled else 1.0, by_rows, delta.scaled)
 
-    def _one_sided(self, g: Tensor, side: Side, state: State, step: Step, compressed: Tensor | None) -> Delta:
+    def _one_sided(
+        self, g: Tensor, side: Side, state: State, step: Step, compressed: Tensor | None, seen: Tensor | None
+    ) -> Delta:
+        """seen: R, if the refresh met it."""
         at = self._at(g, side, state, step)
-        projected = at.project(g)
+        lengths = None  # of the channels of G
+        if seen is not None:
+            projected = seen
+        elif self.lift != "back" and self.limiter is not None:
+            projected, lengths = at.measured(g)
+        else:
+            projected = at.project(g)
         if compressed is not None:
             projected = projected.add_(compressed)
         inner = self._inner_step(step, state)
@@ -205,7 +218,7 @@ class Subspace(Transform):
             self.basis.follow(g, projected, at, state, step)
         if self.lift != "back":
             before = self._sizes(projected, at)
-            return self._rescale(g, before, self._spend(projected, state, inner), at, state)
+            return self._rescale(g, before, self._spend(projected, state, inner), at, state, lengths)
         if self.residual is not None and self.residual.keeps_projected:
             direction = self.rule.update(projected, state, inner)
         else:
@@ -222,7 +235,7 @@ class Subspace(Transform):
     def compress(self, grad: Tensor, state: State, step: Step) -> Tensor | None:
         """R of one micro-batch; None when a refresh is due, which needs the whole gradient of the step."""
         assert step.leaf.matrix is not None
-        if self._due(state, step):
+        if self.due(state, step):
             return None
         g = grad.reshape(step.leaf.view)
         if self.side == "both":
@@ -242,20 +255,35 @@ class Subspace(Transform):
 
     # -- refresh ---------------------------------------------------------------------------------------------------
 
-    def _due(self, state: State, step: Step) -> bool:
+    def due(self, state: State, step: Step) -> bool:
+        """Whether a basis is computed in this step, and has not been yet (`prepare`)."""
         previous = step.count - 1
+        if state["refreshed"] > 0 and state["refreshed_at"] == previous:
+            return False
         recorded = self.basis.recorded(previous)
         if recorded is not None:
             return recorded
         return self.refresh.is_due(state, previous, step.phase)
 
-    def _refresh(self, g: Tensor, side: Side, state: State, step: Step) -> None:
-        """A new basis, unless the gradient can give none: then the old one stays, it is counted, and tried again."""
+    def prepare(self, grad: Tensor, state: State, step: Step, whole: bool) -> None:
+        """The refresh of a due step, ahead of it. One that `grad` gives no basis for is left to the step."""
+        assert step.leaf.matrix is not None
+        if self.due(state, step):
+            side = self.side_of(*step.leaf.matrix)
+            self._refresh(grad.reshape(step.leaf.view), side, state, step, "sum" if whole else "part")
+
+    def _refresh(self, g: Tensor, side: Side, state: State, step: Step, early: Early | None = None) -> Tensor | None:
+        """A new basis, unless the gradient can give none: then the old one stays, it is counted, and tried again.
+
+        Returns R of `g` in it, where that comes along.
+        """
         names: list[tuple[str, Side]] = (
             [("basis_left", "left"), ("basis_right", "right")] if self.side == "both" else [("basis", side)]
         )
         moments = [n for n, spec in self.rule.spec(self._inner(step.leaf)).items() if spec.kind == "moment"]
-        renew(self.basis, self.refresh, self.transfer, names, moments, g, state, step, healthy)
+        basis = self.basis.watching() if g.ndim == 2 and self.side != "both" and early is None else self.basis
+        renew(basis, self.refresh, self.transfer, names, moments, g, state, step, healthy, early)
+        return basis.seen
 
     def _at(self, g: Tensor, side: Side, state: State, step: Step, name: str = "basis") -> Projection:
         dtype = step.leaf.compute_dtype
@@ -275,19 +303,26 @@ class Subspace(Transform):
             return column_norms(x, at.channel)
         return matrix_norms(x)
 
-    def _rescale(self, g: Tensor, before: Tensor, direction: Dense, at: Projection, state: State) -> Scaled:
-        """APOLLO: U = c_t sqrt(scale) G * phi, limited. |U| is had from norms of G, so U is never formed. before: |R|."""
+    def _rescale(
+        self, g: Tensor, before: Tensor, direction: Dense, at: Projection, state: State, lengths: Tensor | None
+    ) -> Scaled:
+        """APOLLO: U = c_t sqrt(scale) G * phi, limited. |U| is had from norms of G, so U is never formed.
+
+        before: |R|. lengths: of the channels of G, where they are known already.
+        """
         root = math.sqrt(self.scale)
         phi = self._sizes(direction.u, at).mul_(abs(direction.uncorrected)).div_(before.add_(1e-8))
         if self.scale_front:
             phi.mul_(root)
         if self.limiter is not None:
-            wide = g if g.dtype == phi.dtype else g.to(phi.dtype)
             if self.lift == "channel":
                 assert at.channel is not None
-                norm = matrix_norms(column_norms(wide, at.channel) * phi)
-            else:
-                norm = matrix_norms(wide) * phi
+                lengths = column_norms(g, at.channel, phi.dtype) if lengths is None else lengths
+                norm = matrix_norms(lengths * phi)
+            elif lengths is None and g.dtype == phi.dtype:
+                norm = matrix_norms(g) * phi
+            else:  # narrower gradients are not widened as a whole
+                norm = matrix_norms(column_norms(g, -1, phi.dtype) if lengths is None else lengths) * phi
             factor = self.limiter.factor(norm.reshape(state["limiter_norm"].shape), state["limiter_norm"])
             phi.mul_(factor.view(-1, 1, 1) if factor.ndim else factor)
         return Scaled(g, phi, direction.correction * (1.0 if self.scale_front else root), direction.lr_inside)

@@ -1,5 +1,5 @@
-"""Release with clipping and accumulation: the step is that of the normal mode with the same factor, in every storage form,
-or it is refused with the reason.
+"""Release with clipping and accumulation: the step is that of the normal mode with the same factor, in every storage form and
+wherever its bases come from, or it is refused with the reason.
 """
 
 import copy
@@ -155,6 +155,46 @@ def release_accumulates_and_clips_or_refuses(subject: Subject) -> None:
                 near(snapshot(b.named_parameters()), snapshot(a.named_parameters()), 1e-5, what)
 
 
+def bases_in_passes_are_those_of_the_normal_mode(subject: Subject) -> None:
+    """Bases from the sum of micro-batches, a share of the leaves in each pass, clipped or not: the normal mode's steps."""
+    for parts, limit in ((2, None), (3, LIMIT)):
+        a, b = Net(), Net()
+        one, two = subject.build(a), subject.build(b, release=True)
+        if _refusal(two):
+            continue
+        two.refresh_release("sum", parts=parts)
+        if limit is not None:
+            two.clip_release(limit, "two-pass", parts=2)
+        for number in range(STEPS):
+            losses = {
+                net: [lambda net=net, part=part: loss_of(net, 3 * number + part) / 3 for part in range(3)]  # noqa: B023
+                for net in (a, b)
+            }
+            two.backward(*losses[b])
+            two.step()
+            _plain_step(one, a, losses[a], two.clipped.factor if two.clipped else 1.0)
+            what = f"three micro-batches, bases in {parts} passes, clipped to {limit}, step {number + 1}"
+            near(snapshot(b.named_parameters()), snapshot(a.named_parameters()), 1e-5, what)
+        for p, q in zip(a.parameters(), b.parameters(), strict=True):
+            counts = [{k: v for k, v in o.state[x].items() if isinstance(v, int)} for o, x in ((one, p), (two, q))]
+            assert counts[0] == counts[1], f"counts in {parts} passes: {counts[1]}, not {counts[0]}"
+
+
+def equal_micro_batches_have_one_basis(subject: Subject) -> None:
+    """Bases from the first of two equal micro-batches: half the gradient has the same ones, so it is the normal mode again."""
+    a, b = Net(), Net()
+    one, two = subject.build(a), subject.build(b, release=True)
+    if _refusal(two):
+        return
+    two.refresh_release("first")
+    for number in range(STEPS):
+        losses = {net: [lambda net=net: loss_of(net, number) / 2] * 2 for net in (a, b)}  # noqa: B023
+        two.backward(*losses[b])
+        two.step()
+        _plain_step(one, a, losses[a], 1.0)
+        near(snapshot(b.named_parameters()), snapshot(a.named_parameters()), 1e-5, f"from the first, step {number + 1}")
+
+
 def two_passes_are_asked_for(subject: Subject) -> None:
     """A step that was not measured is refused before anything moves; without release there is nothing to set."""
     net = Net()
@@ -184,5 +224,6 @@ def _where_released(check: Any) -> Any:
 
 CHECKS = tuple(_where_released(check) for check in (
     release_clips_as_the_normal_mode, release_norm_is_saved, a_bad_norm_moves_nothing,
-    release_accumulates_and_clips_or_refuses, two_passes_are_asked_for,
+    release_accumulates_and_clips_or_refuses, bases_in_passes_are_those_of_the_normal_mode, equal_micro_batches_have_one_basis,
+    two_passes_are_asked_for,
 ))  # fmt: skip

@@ -73,6 +73,13 @@ class TrainConfig(Section):
     clip_mode: Literal["exact", "previous", "two-pass"] = setting(
         "exact", "with release: two-pass (exact, every backward twice) or previous (norm of the step before)"
     )
+    clip_parts: int = setting(1, "two-pass: measuring passes, each with 1/N of the summed gradients", low=1)
+    refresh_from: Literal["sum", "first"] = setting(
+        "sum", "release and accumulate: a new basis comes from the sum (exact) or the first micro-batch (less memory)"
+    )
+    refresh_parts: int = setting(
+        1, "refresh_from sum: passes of a step that computes bases, each with 1/N of their gradients", low=1
+    )
     precision: Precision = setting("fp32", "bf16 holds the weights in bf16 too")  # noqa: RUF009
     max_bad_steps: int = setting(10, "non-finite steps in a row before the run stops", low=1)
 

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Literal, cast
 import torch
 from torch import nn
 
+from tare.core.clipping import Strict
 from tare.core.errors import CheckpointError, InputError
 from tare.core.optimizer import Optimizer
 from tare.core.weights import dense_state_dict, is_quantized, quantize_weights_
 from tare.kernels import gemm
 from tare.methods import registry
 from tare.plan.models import build_model, enable_checkpointing
-from tare.plan.resolve import Choice
+from tare.plan.resolve import Choice, require_gradients
 from tare.plan.resolve import resolve as resolve_method
 from tare.train.checkpoint import Snapshot, restore_weights
 from tare.train.config import RunConfig
@@ -70,8 +71,8 @@ def build(config: RunConfig, predicted: dict[str, int], progress: Callable[[str]
 def resolve(config: RunConfig) -> RunConfig:
     """The configuration with nothing left open: the planner's method for `auto`, the method's preset, the thread count.
 
-    Raises `InputError` for an unknown method or option, a rank given to a method without one, or clipping with release that does not
-    say how.
+    Raises `InputError` for an unknown method or option, a rank given to a method without one, clipping with release that does not
+    say how, or two answers to where bases come from.
     """
     method, train = config.method, config.train
     if method.release and train.clip is not None and train.clip_mode == "exact":
@@ -79,6 +80,11 @@ def resolve(config: RunConfig) -> RunConfig:
             "train.clip: method.release frees each gradient inside backward, before the norm of all is known; set "
             "train.clip_mode to two-pass (exact, every backward twice) or previous (norm of the step before), or "
             "set train.clip to none"
+        )
+    if train.refresh_from == "first" and train.refresh_parts > 1:
+        raise InputError(
+            f"train.refresh_parts: {train.refresh_parts} passes share the gradients that are summed, and train.refresh_from "
+            "is first; leave one of them out"
         )
     if method.key == "auto":
         method = replace(method, key=choose(config))
@@ -97,6 +103,7 @@ def resolve(config: RunConfig) -> RunConfig:
 def choice_of(config: RunConfig) -> Choice:
     """The method of a configuration as the planner sees it, presets filled in."""
     method = config.method
+    require_gradients([method.key])
     hyper = {**method.options, "lr": method.lr, "rank": method.rank, "weight_decay": method.weight_decay}
     dtype = weights_dtype(config)
     return resolve_method(
@@ -114,7 +121,10 @@ def build_optimizer(config: RunConfig, model: nn.Module) -> Optimizer:
     optimizer, train = choice_of(config).build(model, seed=config.run.seed), config.train
     if config.method.release:
         mode = "previous" if train.clip_mode == "exact" else train.clip_mode  # "exact" only without a limit
-        optimizer.clip_release(train.clip, mode, strict=True)
+        # On the CPU a look at each gradient costs nothing; elsewhere it would wait for the device at every leaf.
+        strict: Strict = "leaf" if next(model.parameters()).device.type == "cpu" else "step"
+        optimizer.clip_release(train.clip, mode, parts=train.clip_parts, strict=strict)
+        optimizer.refresh_release(train.refresh_from, parts=train.refresh_parts)
     if train.accumulate > 1:
         with optimizer.accumulating():  # says now, not in backward, whether it can
             pass
@@ -185,7 +195,10 @@ def plan_of(config: RunConfig, methods: list[str] | None) -> "Plan":
         checkpointing=config.model.checkpointing,
         release=method.release,
         accumulate=train.accumulate,
-        clip_mode=train.clip_mode if train.clip is not None else "exact",
+        clip_mode=train.clip_mode if train.clip is not None or train.clip_mode == "two-pass" else "exact",
+        clip_parts=train.clip_parts,
+        refresh_from=train.refresh_from,
+        refresh_parts=train.refresh_parts,
         dtype=weights_dtype(config),
         precision=train.precision,
         storage=method.storage or None,

@@ -31,7 +31,8 @@ def take_step(job: Session, position: int) -> Outcome:
 
     The loss is the mean over micro-batches of equal size, so its gradient is that of the whole batch at once. If the loss or
     the gradient norm is not finite, weights and optimizer state stay as they were. (In release mode without two-pass clipping the
-    leaves that were stepped before the bad gradient appeared keep their step; no bad value is ever written.)
+    leaves that were stepped before the bad gradient appeared keep their step, on a GPU also those after it, and bases that were
+    computed ahead of the step stay; no bad value is ever written.)
     """
     train, optimizer = job.config.train, job.optimizer
     try:

@@ -40,6 +40,7 @@ COUNTERPARTS = {
     "native_fourbit.decode_into": "fourbit.decode_into",
     "native16.adamw16_": "dense.adamw16_",
     "native16.write_split_": "dense.write_split_",
+    "native_directions.write_": "directions.write_",
 }
 
 

@@ -1,0 +1,113 @@
+"""From a seed log and the folder of its base model to the folder of the trained model, in the format of `transformers`."""
+
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tare.core.errors import InputError
+from tare.methods.replay import replay
+from tare.zeroth.logfile import Log, read
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")
+WRITTEN = ("config.json", "generation_config.json", "model.safetensors.index.json")  # by `save_pretrained`
+
+
+@dataclass(frozen=True)
+class Written:
+    """A model that was replayed and saved. exact: bit for bit that of the run; None where the log was not sealed, or not replayed whole."""
+
+    out: Path
+    log: Log
+    steps: int
+    exact: bool | None
+    copied: tuple[str, ...]
+
+
+def replay_folder(
+    log: Path, base: Path, out: Path, *, steps: int | None = None, device: str | torch.device = "cpu",
+    progress: Callable[[int, int], Any] | None = None,
+) -> Written:  # fmt: skip
+    """Write the trained model, and copies of the base's other files (tokenizer, chat template), to `out`.
+
+    The folder appears whole or not at all.
+
+    Raises:
+        InputError: what `read` and `replay` refuse; a base that is no model; an `out` that holds something.
+    """
+    found = read(log)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: exists and is not empty; give another folder")
+    if steps is not None and not 0 <= steps <= found.steps:
+        raise InputError(f"{log}: holds {found.steps} steps, {steps} were asked for")
+    with _no_bars():
+        model = open_model(base, dtype_of(found)).to(device)
+    done = replay(found, model, steps=steps, progress=progress)
+    copied = [
+        file
+        for file in sorted(base.iterdir())
+        if file.is_file() and file.name not in WRITTEN and file.suffix not in WEIGHTS
+    ]
+    unfinished = out.with_name(out.name + ".part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        with _no_bars():
+            model.to("cpu").save_pretrained(unfinished)  # type: ignore[operator]
+        for file in copied:
+            shutil.copyfile(file, unfinished / file.name)
+        if out.exists():
+            out.rmdir()
+        unfinished.replace(out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return Written(out, found, done.steps, done.exact, tuple(file.name for file in copied))
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Inside, `transformers` shows no progress of its own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def dtype_of(log: Log) -> torch.dtype:
+    """That of most elements of the run's weights: in which the model was loaded."""
+    sizes: Counter[str] = Counter()
+    for leaf in log.header["leaves"]:
+        sizes[leaf["dtype"]] += int(torch.Size(leaf["shape"]).numel())
+    dtype = getattr(torch, sizes.most_common(1)[0][0])
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def open_model(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The model of a folder, of the class that its config names. Raises InputError where it holds none, or pickled weights only."""
+    import transformers
+
+    from tare.plan.models import config_for
+    from tare.plan.weights import has_weights, load_pretrained
+
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; expected that of a transformers model")
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: no transformers model (no config.json)")
+    if not has_weights(folder):
+        raise InputError(f"{folder}: the model has no weights (no model.safetensors)")
+    config = config_for(folder)
+    names = getattr(config, "architectures", None) or []
+    kind = getattr(transformers, names[0], None) if names else None
+    return load_pretrained(folder, config, dtype, kind)
