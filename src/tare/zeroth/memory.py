@@ -12,9 +12,10 @@ from typing import Any
 from torch import nn
 
 from tare.core.errors import InputError
-from tare.zeroth.inforward import InForward, Site
+from tare.zeroth.inforward import InForward
 from tare.zeroth.inplace import Displacement, ExactInPlace, InPlace
 from tare.zeroth.moved import Loss, Memory, Moved
+from tare.zeroth.swaps import Site
 
 __all__ = ["Displacement", "ExactInPlace", "InForward", "InPlace", "Loss", "Memory", "Moved", "Site", "choose"]
 
