@@ -48,7 +48,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter:
 def cost_of(key: str, config: Any, dtype: str = "fp32", storage: dict | None = None) -> steps.StepCost:
     """Computed, never read from disk."""
     choice = resolve(key, dtype=dtype, hyper={"rank": 64} if "rank" in registry.options(key) else {}, storage=storage)  # type: ignore[arg-type]
-    return steps._run(choice, steps._on_paper(choice, config, dtype))
+    return steps._run(choice, steps.on_paper(choice, config, dtype))
 
 
 def in_full(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,12 +61,12 @@ def in_full(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("key", registry.keys("gradient"))
 def test_the_work_does_not_grow_with_the_matrices(key: str, calls: Counter) -> None:
     choice = resolve(key, "llama-7b")
-    steps._run(choice, steps._on_paper(choice, MODELS["llama-7b"], "fp32"))
+    steps._run(choice, steps.on_paper(choice, MODELS["llama-7b"], "fp32"))
     assert 0 < sum(calls.values()) < MOST
 
 
 CASES = [
-    ("q-galore", "bf16", None), ("gradnorm-lorp", "fp32", None), ("muon", "fp32", None),
+    ("q-galore", "bf16", None), ("gradnorm-lorp", "fp32", None), ("galore-plus", "fp32", None), ("muon", "fp32", None),
     ("lanton", "fp32", None), ("swan", "fp32", None), ("fira", "bf16", {"weight": "split24"}), ("trion", "fp32", None),
     ("apollo", "bf16", {"weight": "stochastic", "moment": "int8"}), ("galore", "fp32", {"moment": "int4"}),
 ]  # fmt: skip

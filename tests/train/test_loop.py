@@ -13,7 +13,7 @@ from train_runs import config, fingerprint
 
 from tare.core.errors import DoesNotFit
 from tare.plan.activations import causal_loss
-from tare.train import checkpoint, progress, session, step
+from tare.train import checkpoint, progress, session
 from tare.train.loop import Result, train
 from tare.train.trainer import Diverged
 
@@ -34,7 +34,7 @@ def break_loss(monkeypatch: pytest.MonkeyPatch, at: set[int], value: float = mat
         loss = causal_loss(model, tokens)
         return loss * value if next(calls) in at else loss
 
-    monkeypatch.setattr(step, "causal_loss", broken)
+    monkeypatch.setattr(session, "causal_loss", broken)
 
 
 def break_gradient(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
@@ -49,7 +49,7 @@ def break_gradient(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
             loss = loss + ((weight - weight.detach()).sum() * 1e38 * 1e38).nan_to_num(0.0)
         return loss
 
-    monkeypatch.setattr(step, "causal_loss", broken)
+    monkeypatch.setattr(session, "causal_loss", broken)
 
 
 def test_a_model_learns(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def break_gradient(monkeypatch: pytest.MonkeyPatch, calls_at: set[int]) -> None:
             loss = loss + ((weight - weight.detach()).sum() * 1e38 * 1e38).nan_to_num(0.0)
         return loss
 
-    monkeypatch.setattr(step, "causal_loss", broken)
+    monkeypatch.setattr(session, "causal_loss", broken)
 
 
 def test_a_bad_gradient_drops_the_whole_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

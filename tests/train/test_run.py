@@ -161,7 +161,8 @@ OTHER: dict[str, Any] = {
     "train.clip_mode": "previous", "train.clip_parts": 2, "train.refresh_from": "first", "train.refresh_parts": 3,
     "train.precision": "bf16", "train.max_bad_steps": 3, "run.out": "x", "run.budget": "9GiB", "run.seed": 9,
     "run.device": "auto", "run.resume": True, "run.checkpoint_every": 9, "run.eval_every": 9, "run.keep": 9, "run.threads": 9,
-    "run.tensorboard": True,
+    "run.tensorboard": True, "model.kind": "masked", "task.name": "classify", "task.template": "x", "task.words": {"0": "x"},
+    "task.label_column": "x", "task.shots": 3, "task.objective": "accuracy", "task.eval_examples": 3,
 }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Perturbing weights that are more or less than a float tensor, and what all of it costs at its peak."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tare
+from tare.core.errors import InputError
 from tare.core.int8_weight import Int8Weight
 from tare.plan.measure import StepMeter
 from tare.plan.models import build_model
@@ -44,7 +46,7 @@ def built(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("functional", [False])
+@pytest.mark.parametrize("functional", [False, True])
 def test_int8_weights_are_decoded_and_perturbed_as_forward_sees_them(dtype: torch.dtype, functional: bool) -> None:
     model = built(functional, dtype)
     codes = {name: p.codes.clone() for name, p in model.named_parameters() if isinstance(p, Int8Weight)}
@@ -65,6 +67,29 @@ def test_int8_weights_are_decoded_and_perturbed_as_forward_sees_them(dtype: torc
     said = "\n".join(optimizer.memory.describe())
     held = "held perturbed for the whole evaluation: embed.weight (read outside its module's forward)"
     assert (held in said) == functional
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda weight: F.linear(torch.ones(24), weight),
+        lambda weight: weight.t().sum(),
+        lambda weight: weight[3] * 2,
+        lambda weight: weight.square(),
+        lambda weight: F.embedding(torch.tensor([1]), weight),
+        lambda weight: weight.dense(),
+    ],
+    ids=["product", "view", "row", "operation", "look-up", "decoded"],
+)
+def test_an_int8_weight_that_is_read_past_its_module_is_refused(read: Callable[[Tensor], Tensor]) -> None:
+    model = built()
+    weight = model.embed.weight
+    optimizer = tare.MeZO(model, lr=0.1, storage={"weight": "int8"})
+    before = weight.codes.clone()
+    with pytest.raises(InputError, match=r"embed.weight: this quantised weight is read past its module"):
+        optimizer.step(lambda: loss(model) + read(weight).sum())
+    assert model.embed.weight is weight
+    assert torch.equal(weight.codes, before)
 
 
 def test_int8_steps_train() -> None:

@@ -1,7 +1,7 @@
-"""loss and perplexity of a trained model, averaged over tokens
+"""loss and perplexity of a trained model, averaged over tokens; or accuracy and F1 on a task
 
-RUN_OR_MODEL is the folder of a run or of a transformers model. Without --data a run is evaluated on the documents that
-were held out of its own training data.
+RUN_OR_MODEL is the folder of a run or of a transformers model. Without --data a run is evaluated on the documents or rows that
+were held out of its own training data. A run of a task is evaluated on that task, a model on the one that --task names.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from pathlib import Path
 from tare.cli import flags
 from tare.cli.output import console, emit, only_json
 from tare.core.errors import InputError
-from tare.train.config import DataConfig, RunConfig
+from tare.train.config import DataConfig, ModelConfig, RunConfig, RunSection, TrainConfig
 from tare.train.configfile import build, load
 
 
@@ -21,7 +21,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments."""
     parser.add_argument("target", metavar="RUN_OR_MODEL", nargs="?", help="a run's folder, or a transformers folder")
     group = parser.add_argument_group("evaluation")
-    for name in ("--data", "--tokenizer", "--seq", "--batch", "--precision", "--device"):
+    for name in (
+        "--data",
+        "--tokenizer",
+        "--seq",
+        "--batch",
+        "--precision",
+        "--device",
+        "--task",
+        "--template",
+        "--words",
+    ):
         flags.add_one(group, name)
     group.add_argument("--tokens", metavar="N", help="evaluate at most this many tokens; all if left out")
     flags.add_switches(parser)
@@ -61,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
     target = find(args.target)
     if not target.is_run and "data.source" not in asked:
         raise InputError("--data: missing; a model folder has no data of its own, e.g. --data stdlib or --data FILE")
+    if (given.task if "task.name" in asked else target.config.task).name != "lm":
+        return _task(args, given, asked, target)
     with only_json(args.json):
         from tare.plan.models import build_model, config_for
         from tare.train.data import eval_batches, open_corpus
@@ -107,6 +119,52 @@ def run(args: argparse.Namespace) -> int:
         console().print(
             f"{target.model} on {name}: loss {result.loss:.4f}, perplexity {result.perplexity:.3f} "
             f"over {result.tokens:,} tokens, {seq} a sequence",
+            soft_wrap=True,
+        )
+    return 0
+
+
+def _task(args: argparse.Namespace, given: RunConfig, asked: set[str], target: Target) -> int:
+    """Accuracy and F1 of a model on a task."""
+    base = target.config
+    if args.tokens is not None:
+        raise InputError("--tokens: a task is evaluated on examples; give --task.eval_examples N")
+    task = {path.split(".")[1]: getattr(given.task, path.split(".")[1]) for path in asked if path.startswith("task.")}
+    settings = replace(base.task, **{**task, "shots": None, "objective": "loss"})
+    data = replace(base.data, seq=given.data.seq) if "data.seq" in asked else base.data
+    if "data.source" in asked:  # all of it, none split off
+        data = replace(data, source=given.data.source, eval_source=given.data.source)
+    batch = given.train.batch if "train.batch" in asked else base.train.batch
+    precision = given.train.precision if "train.precision" in asked else base.train.precision
+    kind = given.model.kind if "model.kind" in asked else "auto"
+    with only_json(args.json):
+        from tare.plan.models import build_model
+        from tare.train.session import check_task, device_of
+        from tare.train.tasks.data import open_task
+
+        began, device = time.monotonic(), device_of(given.run.device)
+        config = RunConfig(
+            model=ModelConfig(str(target.model), given.model.tokenizer, kind=kind),
+            data=data, task=settings, train=TrainConfig(batch=1), run=RunSection(seed=base.run.seed),
+        )  # fmt: skip
+        check_task(config)
+        found = open_task(config)
+        dtype = "bf16" if precision == "bf16" else "fp32"
+        model = build_model(target.model, dtype=dtype, device=device, kind=found.kind, labels=found.outputs)
+        result = found.evaluate(model, device, precision, batch)
+    name = data.eval_source or f"{data.source} (held out)"
+    document = {
+        "model": str(target.model), "data": name, "task": settings.name, "template": found.template.name, "loss": result.loss,
+        **result.numbers(), "examples": result.examples, "seconds": round(time.monotonic() - began, 3),
+    }  # fmt: skip
+    if args.json:
+        emit(document)
+    else:
+        from tare.train.progress import scores_line
+
+        console().print(
+            f"{target.model} on {name}, {settings.name} ({found.template.name}): {scores_line(result.numbers())}, "
+            f"loss {result.loss:.4f} over {result.examples:,} examples",
             soft_wrap=True,
         )
     return 0

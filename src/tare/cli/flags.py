@@ -18,6 +18,11 @@ FLAGS: dict[str, str] = {
     "--tokenizer": "model.tokenizer",
     "--data": "data.source",
     "--eval-data": "data.eval_source",
+    "--task": "task.name",
+    "--template": "task.template",
+    "--words": "task.words",
+    "--objective": "task.objective",
+    "--shots": "task.shots",
     "--method": "method.key",
     "--budget": "run.budget",
     "--steps": "train.steps",
@@ -47,6 +52,7 @@ FLAGS: dict[str, str] = {
 }
 GROUPS = {
     "model and data": ("--model", "--tokenizer", "--data", "--eval-data", "--seq", "--batch", "--accumulate"),
+    "task": ("--task", "--template", "--words", "--objective", "--shots"),
     "method": (
         "--method",
         "--lr",

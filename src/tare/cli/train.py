@@ -1,6 +1,7 @@
 """train a language model within a memory budget
 
-Pretrains a named size, or goes on training a transformers folder. Ctrl-C saves and stops; --resume goes on, bit for bit.
+Pretrains a named size, or goes on training a transformers folder; with --task classify or choice, on rows of a table. Ctrl-C saves and
+stops; --resume goes on, bit for bit.
 """
 
 import argparse
@@ -22,6 +23,8 @@ def run(args: argparse.Namespace) -> int:
     from tare.report.compare import check_method, row_of, write_report
     from tare.report.rows import memory_table, table
     from tare.train.loop import train
+    from tare.train.progress import scores_line
+    from tare.train.seedlog import NAME
 
     with only_json(args.json):
         check_method(config)
@@ -34,13 +37,20 @@ def run(args: argparse.Namespace) -> int:
     row = row_of(result)
     report = write_report(row, result.config)
     if args.json:
-        emit({**row.to_json(), "model": str(result.out / "model"), "config": asdict(result.config)})
+        task = {"scores": result.scores, "zero_shot": result.zero_shot, "forwards": result.forwards}
+        emit({**row.to_json(), **task, "model": str(result.out / "model"), "config": asdict(result.config)})
         return 0
     out = console()
     out.print(table([row]))
     out.print()
     out.print(memory_table(row))
     out.print()
+    if result.scores:
+        before = f" (before: {scores_line(result.zero_shot)})" if result.zero_shot else ""
+        out.print(f"task:   {scores_line(result.scores)}{before}", soft_wrap=True)
+    if result.forwards:
+        out.print(f"passes: {result.forwards:,} forward, {result.skipped:,} steps skipped", soft_wrap=True)
+        out.print(f"seeds:  {result.out / NAME}", soft_wrap=True)
     out.print(f"model:  {result.out / 'model'}", soft_wrap=True)
     out.print(f"report: {report}", soft_wrap=True)
     return 0

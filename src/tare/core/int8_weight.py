@@ -22,6 +22,8 @@ from tare.kernels.blockwise import chunk_elements
 ZeroForm = Literal["symmetric", "affine", "clamped"]
 MIDDLE = 128  # the code of 0 in the symmetric form
 aten = torch.ops.aten
+# Each is told of a weight that is about to be decoded: kernels that do so read codes where none of torch's modes sees it.
+LISTENERS: list[Callable[["Int8Weight"], None]] = []
 
 
 class Int8Weight(Tensor):
@@ -78,8 +80,13 @@ class Int8Weight(Tensor):
 
     def read(self, start: int, stop: int) -> Tensor:
         """W as fp32, flat, elements start .. stop - 1; `start` is a multiple of `group`."""
+        self._tell()
         out = torch.empty(stop - start, dtype=torch.float32, device=self.codes.device)
         return self._decode(self.codes.view(-1)[start:stop], *self._groups(start, stop), out)
+
+    def _tell(self) -> None:
+        for listener in LISTENERS:
+            listener(self)
 
     def _decode(self, codes: Tensor, scale: Tensor, zero: Tensor | None, out: Tensor) -> Tensor:
         if not native_groupwise.decode_into(codes, scale, zero, out, self.group):
@@ -129,6 +136,7 @@ class Int8Weight(Tensor):
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """W as a plain tensor of its own dtype, or of another; outside autograd."""
+        self._tell()
         with torch.no_grad():
             out = torch.empty(self.codes.shape, dtype=dtype or self.dtype, device=self.codes.device)
             if is_fake(self.codes):  # as below, without the loop over chunks
@@ -139,6 +147,7 @@ class Int8Weight(Tensor):
 
     def rows(self, index: Tensor) -> Tensor:
         """The rows W[index] as a plain tensor [*index, ...]: nothing else is decoded."""
+        self._tell()
         width = math.prod(self.codes.shape[1:])
         flat = index.reshape(-1, 1) * width + torch.arange(width, device=index.device)
         groups = flat // self.group

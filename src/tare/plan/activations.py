@@ -17,6 +17,7 @@ from torch import nn
 from tare.core.errors import InputError
 from tare.core.weights import quantize_weights_
 from tare.plan.cache import cached
+from tare.plan.kinds import Kind
 from tare.plan.models import DTYPES, build_skeleton, enable_checkpointing, full, identity, plannable, positions
 from tare.plan.shapes import ModelShape
 from tare.plan.tracker import MemoryTracker, Peak
@@ -25,6 +26,54 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 Precision = Literal["fp32", "bf16-autocast", "bf16"]
+
+
+class Workload:
+    """What a run feeds its model where that is not packed text: other batches, another loss, another kind of model."""
+
+    kind: Kind = "causal"
+
+    def key(self) -> Any:
+        """All that decides about memory, as JSON values."""
+        raise NotImplementedError
+
+    def adapt(self, config: "PretrainedConfig") -> "PretrainedConfig":
+        """The config of the model that is run."""
+        return config
+
+    def batches(self) -> tuple[Any, Any]:
+        """The widest batches of training and of evaluation, with zeros in them; made under fake tensors."""
+        raise NotImplementedError
+
+    def tensors(self, batch: Any) -> list[torch.Tensor]:
+        """Those of a batch."""
+        raise NotImplementedError
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        """The loss of a training batch."""
+        raise NotImplementedError
+
+    def look(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        """What an evaluation computes of a batch."""
+        raise NotImplementedError
+
+
+class Tokens(Workload):
+    """Packed text: the usual workload. tokens [b, t]."""
+
+    def __init__(self, tokens: torch.Tensor) -> None:
+        self.tokens = tokens
+
+    def batches(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.tokens, self.tokens
+
+    def tensors(self, batch: torch.Tensor) -> list[torch.Tensor]:
+        return [batch]
+
+    def loss(self, model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        return causal_loss(model, batch)
+
+    look = loss
 
 
 @dataclass(frozen=True)
@@ -73,6 +122,7 @@ def profile_model(
     checkpointing: bool = False,
     quantized: bool = False,
     trained: tuple[str, ...] | None = None,
+    work: Workload | None = None,
 ) -> StepProfile:
     """The memory of a forward, loss and backward with `batch` sequences of `seq` tokens, from disk if known.
 
@@ -85,6 +135,7 @@ def profile_model(
         checkpointing: activations of each layer recomputed in backward.
         quantized: linear weights are int8 (`Storage(weight="int8")`): decoded for the length of each product.
         trained: names of the parameters that get gradients; None: all.
+        work: what the model is fed; None: packed text.
 
     Raises:
         InputError: a bad model, batch or sequence length, or a combination that makes no sense.
@@ -104,9 +155,11 @@ def profile_model(
     }
     if trained is not None:
         what["trained"] = sorted(trained)
+    if work is not None:
+        what["work"] = work.key()
     return cached(
         what,
-        lambda: _run(full(config), batch, seq, DTYPES[dtype], precision, checkpointing, quantized, trained),
+        lambda: _run(full(config), batch, seq, DTYPES[dtype], precision, checkpointing, quantized, trained, work),
         dataclasses.asdict,
         _decode,
     )
@@ -155,9 +208,10 @@ def _run(
     checkpointing: bool,
     quantized: bool = False,
     trained: tuple[str, ...] | None = None,
+    work: Workload | None = None,
 ) -> StepProfile:
     with fake_tensors():
-        model = build_skeleton(config, dtype).train()
+        model = skeleton(config, dtype, work).train()
         if quantized:
             quantize_weights_(model)
         if trained is not None:
@@ -165,16 +219,23 @@ def _run(
                 parameter.requires_grad_(name in trained)
         if checkpointing:
             enable_checkpointing(model)
-        return track_step(model, torch.zeros(batch, seq, dtype=torch.long), precision)
+        return track_step(model, work or Tokens(torch.zeros(batch, seq, dtype=torch.long)), precision)
 
 
-def track_step(model: nn.Module, tokens: torch.Tensor, precision: Precision = "fp32") -> StepProfile:
-    """Track one evaluation and one training micro-batch of `model`; works on fake and on real tensors."""
+def skeleton(config: "PretrainedConfig", dtype: torch.dtype, work: Workload | None) -> nn.Module:
+    """The model that a workload is for, without storage."""
+    return build_skeleton(config, dtype) if work is None else build_skeleton(work.adapt(config), dtype, work.kind)
+
+
+def track_step(model: nn.Module, work: Workload | torch.Tensor, precision: Precision = "fp32") -> StepProfile:
+    """Track one evaluation and one training micro-batch of `model`; works on fake and on real tensors. work: or tokens [b, t]."""
+    work = Tokens(work) if isinstance(work, torch.Tensor) else work
+    batch, held = work.batches()
     tracker = MemoryTracker()
     tracker.mark(model.parameters(), "parameter")
     tracker.mark(model.buffers(), "parameter")
     weights = tracker.total
-    tracker.mark([tokens], "input")
+    tracker.mark(work.tensors(batch), "input")
     leaves: list[LeafMoment] = []
     hooks = []
     for name, parameter in model.named_parameters():
@@ -182,9 +243,9 @@ def track_step(model: nn.Module, tokens: torch.Tensor, precision: Precision = "f
             hooks.append(parameter.register_post_accumulate_grad_hook(_finished(tracker, name, leaves)))
     with tracker:
         with tracker.phase("evaluation", born="activation"), torch.no_grad(), autocast(precision):
-            causal_loss(model, tokens)
+            work.look(model, held)
         with tracker.phase("forward", born="activation"), autocast(precision):
-            loss = causal_loss(model, tokens)
+            loss = work.loss(model, batch)
         with tracker.phase("backward"):
             loss.backward()
     for hook in hooks:

@@ -15,11 +15,11 @@ from tare.core.gathering import Gathering, Source
 from tare.core.storage import Storage
 from tare.kernels import native
 from tare.methods import registry
-from tare.plan.activations import Precision, check_step
+from tare.plan.activations import Precision, Workload, check_step
 from tare.plan.budget import format_bytes, parse_bytes
 from tare.plan.models import plannable, positions
 from tare.plan.released import Bases
-from tare.plan.resolve import check_known, require_gradients
+from tare.plan.resolve import check_known
 from tare.plan.rows import PlanRow, Settings, plan_row
 from tare.plan.search import Advice, advise
 from tare.plan.shapes import ModelShape, named
@@ -76,6 +76,7 @@ def plan(
     refresh_from: Source = "sum",
     refresh_parts: int = 1,
     progress: Callable[[str], None] | None = None,
+    work: Workload | None = None,
 ) -> Plan:
     """Predict the peak memory of training `model` with every method.
 
@@ -86,7 +87,7 @@ def plan(
         model: a named model (`"llama-7b"`), a `transformers` folder or config, or a model that has a config.
         budget: e.g. `"24GiB"`, or bytes.
         batch: sequences per micro-batch. seq: tokens per sequence; default: all positions of the model.
-        methods: registry keys; default all.
+        methods: registry keys; default all that step with gradients.
         checkpointing: recompute activations in backward. release: step each leaf inside backward.
         accumulate: micro-batches per step. clip_mode: how release clips, see `train.clip_mode`.
         dtype: of the weights, by default as `precision` says. precision: fp32, bf16-autocast or bf16 (weights too).
@@ -95,6 +96,7 @@ def plan(
         clip_parts: measuring passes of two-pass clipping. refresh_from, refresh_parts: with release and micro-batches, what
             bases are computed from; see `Optimizer.refresh_release`.
         progress: called with a few words whenever something else is looked at.
+        work: what the model is fed; None: packed text, `batch` sequences of `seq` tokens.
 
     Raises:
         InputError: anything of this that makes no sense, in one line.
@@ -107,7 +109,7 @@ def plan(
         dtype = dtype or _dtype_of(model)
     precision = precision or dtype or "fp32"
     dtype = dtype or ("bf16" if precision == "bf16" else "fp32")
-    config, name = _config(model)
+    config, name = _config(model, work is not None)
     if seq is None:
         seq = int(positions(config) or 0) or 1024
     check_step(config, batch, seq, dtype, precision)
@@ -117,7 +119,6 @@ def plan(
     if limit is not None and limit <= 0:
         raise InputError(f"budget {budget!r} must be greater than zero")
     keys = list(dict.fromkeys(methods)) if methods is not None else registry.keys("gradient")
-    require_gradients(keys)
     keys.sort(key=lambda key: registry.card(key).auto_rank)
     check_known(hyper or {}, keys)
     check_choice("clip_mode", clip_mode, ("exact", "previous", "two-pass"))
@@ -125,13 +126,13 @@ def plan(
     Gathering(refresh_from, refresh_parts)  # checks the two
     settings = Settings(
         config, name, batch, seq, dtype, precision, checkpointing, release, accumulate, clip_mode, storage,
-        dict(hyper or {}), clip_parts, Bases(refresh_from, refresh_parts), alone=len(keys) == 1,
+        dict(hyper or {}), clip_parts, Bases(refresh_from, refresh_parts), alone=len(keys) == 1, work=work,
     )  # fmt: skip
     tell = progress or (lambda news: None)
     rows = []
     with ThreadPoolExecutor(1) as elsewhere:
         elsewhere.submit(native.available)  # on a machine that has no kernels yet they are compiled meanwhile
-        if len(keys) > 1:
+        if sum(registry.card(key).kind == "gradient" for key in keys) > 1:
             tell("forward and backward")
             settings.profile()  # kept, and nearly all methods will ask for it
     for number, key in enumerate(keys, 1):
@@ -178,9 +179,11 @@ def require_fit(plan: Plan, method: str) -> PlanRow:
     raise DoesNotFit(f"budget {format_bytes(plan.budget)}: method {method} {why}; {advice.text}{instead}")
 
 
-def _config(model: "str | Path | nn.Module | PretrainedConfig") -> tuple["PretrainedConfig | ModelShape", str]:
+def _config(
+    model: "str | Path | nn.Module | PretrainedConfig", heads: bool = False
+) -> tuple["PretrainedConfig | ModelShape", str]:
     if isinstance(model, (str, Path)):
-        return plannable(model), named(str(model)) or str(model)
+        return plannable(model, heads=heads), named(str(model)) or str(model)
     config: Any = getattr(model, "config", None) if isinstance(model, nn.Module) else model
     if not hasattr(config, "to_dict") or not hasattr(config, "model_type"):
         raise InputError(

@@ -39,7 +39,9 @@ class Bound:
             self._state[what] = state_bytes(choice, config, settings.dtype), some
         state, some = self._state[what]
         fixed = weights + state
-        if some:  # only some leaves have gradients, and not all activations are kept
+        if (
+            some or registry.card(key).kind == "forward"
+        ):  # only some leaves have gradients, and not all activations are kept
             return fixed
         inside = settings.release and settings.accumulate == 1
         gradients = 0 if inside or self._small(settings, key) else whole

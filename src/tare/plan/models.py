@@ -13,16 +13,27 @@ import torch
 from torch import nn
 
 from tare.core.errors import InputError, nearest
+from tare.plan.kinds import Kind, auto_class
 from tare.plan.shapes import MODELS, ModelShape, check_name, named
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+HEADS = (
+    "classifier.",
+    "score.",
+    "classification_head.",
+    "pre_classifier.",
+    "pooler.",
+    "sequence_summary.",
+)  # of classifiers
 
 
-def config_for(name_or_path: str | Path) -> "PretrainedConfig":
+def config_for(name_or_path: str | Path, *, heads: bool = False) -> "PretrainedConfig":
     """The `transformers` config of a named model, of a folder with `config.json`, or of such a file.
+
+    heads: also of architectures that are masked models or classifiers; see `plan.kinds`.
 
     Raises:
         InputError: neither a name nor a path; no config in the folder; not JSON; an architecture that
@@ -32,21 +43,21 @@ def config_for(name_or_path: str | Path) -> "PretrainedConfig":
     if key is not None:
         return _llama(MODELS[key])
     check_name(name_or_path)
-    path = Path(name_or_path)
+    path = Path(name_or_path).expanduser()
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise InputError(f"model folder {str(path)!r} has no config.json: give a folder saved by transformers")
-    return _read_config(file)
+    return _read_config(file, heads)
 
 
-def plannable(name_or_path: str | Path) -> "PretrainedConfig | ModelShape":
+def plannable(name_or_path: str | Path, *, heads: bool = False) -> "PretrainedConfig | ModelShape":
     """The sizes of a named model, for which `transformers` need not be imported, or the config that a path leads to.
 
     Raises:
         InputError: see `config_for`.
     """
     key = named(str(name_or_path))
-    return config_for(name_or_path) if key is None else MODELS[key]
+    return config_for(name_or_path, heads=heads) if key is None else MODELS[key]
 
 
 def full(config: "PretrainedConfig | ModelShape") -> "PretrainedConfig":
@@ -72,43 +83,73 @@ def build_model(
     dtype: torch.dtype | str = torch.float32,
     seed: int = 0,
     device: str | torch.device = "cpu",
+    kind: Kind = "causal",
+    labels: int | None = None,
 ) -> nn.Module:
-    """A causal language model, with the weights of its folder or fresh ones drawn from `seed` alone.
+    """A causal language model, with the weights of its folder or fresh ones drawn from `seed` alone; or one of another kind.
 
     Args:
         name_or_path: what `config_for` takes, or a config.
         dtype: of all weights; `"fp32"`, `"bf16"` or a torch dtype.
         seed: of fresh weights. The caller's own random state is left as it was.
         device: fresh weights are drawn on the CPU, so they are equal everywhere, then moved.
+        kind: causal, masked or classifier; labels: how many outputs a classifier has. A folder's weights without a classifier's head
+            get a fresh one.
 
     Raises:
-        InputError: see `config_for`; also weights that are damaged, incomplete, not finite or not safetensors.
+        InputError: see `config_for`; a head of another size; also weights that are damaged, incomplete, not finite or not safetensors.
 
     >>> parameter_count(build_model("llama-tiny"))
     1053824
     """
-    from transformers import AutoModelForCausalLM
-
     dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
-    if isinstance(name_or_path, (str, Path)):
-        config = config_for(name_or_path)
-        if named(str(name_or_path)) is None and Path(name_or_path).is_dir():
-            from tare.plan.weights import has_weights, load_pretrained
-
-            if has_weights(Path(name_or_path)):
-                return load_pretrained(Path(name_or_path), config, dtype).to(device)
-    else:
-        config = name_or_path
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _from_config(AutoModelForCausalLM, config, dtype).to(device)
+        if isinstance(name_or_path, (str, Path)):
+            config = config_for(name_or_path, heads=kind != "causal")
+            folder = Path(name_or_path).expanduser()
+            if named(str(name_or_path)) is None and folder.is_dir():
+                from tare.plan.weights import has_weights, load_pretrained
+
+                if has_weights(folder):
+                    fresh = _outputs(config, labels) if kind == "classifier" else ()
+                    return load_pretrained(folder, config, dtype, auto_class(kind), fresh).to(device)
+        else:
+            config = name_or_path
+        if kind == "classifier":
+            config = with_labels(config, labels)
+        return _from_config(auto_class(kind), config, dtype).to(device)
 
 
-def build_skeleton(config: "PretrainedConfig", dtype: torch.dtype) -> nn.Module:
+def with_labels(config: "PretrainedConfig", labels: int | None) -> "PretrainedConfig":
+    """The config of a classifier with so many outputs; as it is for None."""
+    if labels is None:
+        return config
+    config = copy.deepcopy(config)
+    config.num_labels = labels
+    return config
+
+
+def _outputs(config: "PretrainedConfig", labels: int | None) -> tuple[str, ...]:
+    """Sets the outputs of a classifier's folder; what its weights may lack: the head, where there has been none.
+
+    Raises InputError where the folder has a head of another size.
+    """
+    names = getattr(config, "architectures", None) or []
+    if any(name.endswith("ForSequenceClassification") for name in names):
+        if labels is not None and config.num_labels != labels:
+            raise InputError(
+                f"model.name: its classifier has {config.num_labels} outputs, and the task {labels} labels"
+            )
+        return ()
+    if labels is not None:
+        config.num_labels = labels
+    return HEADS
+
+
+def build_skeleton(config: "PretrainedConfig", dtype: torch.dtype, kind: Kind = "causal") -> nn.Module:
     """The model with its shapes and no storage behind them: for use inside a `FakeTensorMode`."""
-    from transformers import AutoModelForCausalLM
-
-    return _from_config(AutoModelForCausalLM, config, dtype)
+    return _from_config(auto_class(kind), config, dtype)
 
 
 def enable_checkpointing(model: nn.Module) -> None:
@@ -147,7 +188,7 @@ def _llama(shape: ModelShape) -> "PretrainedConfig":
     )
 
 
-def _read_config(file: Path) -> "PretrainedConfig":
+def _read_config(file: Path, heads: bool = False) -> "PretrainedConfig":
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     try:
@@ -166,7 +207,7 @@ def _read_config(file: Path) -> "PretrainedConfig":
         config = CONFIG_MAPPING[kind].from_dict(content)
     except Exception as fault:  # transformers raises many kinds for a bad field, some of its own
         raise InputError(f"{file}: {one_line(fault)}") from fault
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if not heads and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise InputError(f"{file}: model_type {kind!r} is no causal language model")
     return config
 

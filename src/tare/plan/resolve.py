@@ -84,12 +84,11 @@ def _own_storage(key: str, lr: float) -> Storage:
 
 
 def require_gradients(keys: Iterable[str]) -> None:
-    """Raise InputError for a method that steps by `step(closure)` alone, which no plan and no training loop here calls yet."""
+    """Raise InputError for a method that steps by `step(closure)` alone, where single steps with gradients are looked at."""
     for key in keys:
         if registry.card(key).kind != "gradient":
             raise InputError(
-                f"method {key!r} evaluates losses in opt.step(closure); call it in a loop of your own (docs/methods/{key}.md): "
-                "the commands plan and run methods with gradients"
+                f"method {key!r} evaluates losses in opt.step(closure), and this measures steps with gradients: see tare plan, tare train"
             )
 
 

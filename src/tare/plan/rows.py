@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from tare.core.storage import Storage
 from tare.methods import registry
 from tare.plan import released
-from tare.plan.activations import Moment, Precision, StepProfile, profile_model
+from tare.plan.activations import Moment, Precision, StepProfile, Workload, profile_model
+from tare.plan.forward import probe_profile
+from tare.plan.kinds import Kind
+from tare.plan.models import full
 from tare.plan.resolve import Choice, applicable, resolve
 from tare.plan.steps import StepCost, accumulation_refused, step_cost
 
@@ -17,7 +20,9 @@ if TYPE_CHECKING:
 
     from tare.plan.shapes import ModelShape
 
-Event = Literal["end of forward", "backward", "optimizer step", "refresh", "first step", "measuring", "evaluation"]
+Event = Literal[
+    "end of forward", "backward", "optimizer step", "refresh", "first step", "measuring", "evaluation", "perturbed forward"
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class Settings:
     clip_parts: int = 1  # measuring passes of two-pass clipping
     bases: released.Bases = field(default_factory=released.Bases)  # with release and micro-batches: what they come from
     alone: bool = True  # whether one method is planned, to which all of `hyper` is meant
+    work: Workload | None = None  # what the model is fed, if not packed text
 
     def profile(self, quantized: bool = False, trained: tuple[str, ...] | None = None) -> StepProfile:
         """Weights, activations and gradients of a micro-batch. quantized: linear weights are int8. trained: the names of what has
@@ -52,7 +58,17 @@ class Settings:
             checkpointing=self.checkpointing,
             quantized=quantized,
             trained=trained,
+            work=self.work,
         )
+
+    @property
+    def model_config(self) -> "PretrainedConfig | ModelShape":
+        """Of the model that is run: a workload may change its head."""
+        return self.config if self.work is None else self.work.adapt(full(self.config))
+
+    @property
+    def model_kind(self) -> Kind:
+        return "causal" if self.work is None else self.work.kind
 
     def choice(self, key: str) -> Choice:
         """The method with its arguments under these settings; what it has no use for is left out."""
@@ -82,8 +98,10 @@ class PlanRow:
 
 def plan_row(settings: Settings, key: str, budget: int | None = None) -> PlanRow:
     """The line of one method."""
+    if registry.card(key).kind == "forward":
+        return _forward_row(settings, key, budget)
     choice = settings.choice(key)
-    cost = step_cost(choice, settings.config, settings.dtype)
+    cost = step_cost(choice, settings.model_config, settings.dtype, settings.model_kind)
     # Where blocks of leaves take turns in having gradients: the turn that needs most.
     profiles = [settings.profile(choice.storage.weight == "int8", trained) for trained in cost.trained or (None,)]
     turns = [_moments(profile, cost, settings) for profile in profiles]
@@ -107,6 +125,37 @@ def plan_row(settings: Settings, key: str, budget: int | None = None) -> PlanRow
         events={name: fixed + moment.total for name, moment in moments.items()},
         note=note,
         remark="; ".join(_remarks(settings, cost)),
+    )
+
+
+def _forward_row(settings: Settings, key: str, budget: int | None) -> PlanRow:
+    """The line of a method that steps without gradients: forward with a module's weights copied, and the step after it."""
+    choice = settings.choice(key)
+    found = probe_profile(
+        choice, settings.config, settings.batch, settings.seq, dtype=settings.dtype, precision=settings.precision,
+        accumulate=settings.accumulate, work=settings.work,
+    )  # fmt: skip
+    moments: dict[Event, Moment] = {
+        "perturbed forward": found.probe, "optimizer step": found.update, "evaluation": found.evaluation,
+    }  # fmt: skip
+    if found.first is not None:
+        moments["first step"] = found.first
+    event = max(moments, key=lambda name: moments[name].total)
+    worst = moments[event]
+    fixed = found.weights + found.state
+    return PlanRow(
+        method=key,
+        weights=found.weights,
+        gradients=0,
+        state=found.state,
+        activations=worst.activations,
+        temporaries=worst.temporaries,
+        peak=fixed + worst.total,
+        event=event,
+        fits=None if budget is None else fixed + worst.total <= budget,
+        options=shown_options(choice),
+        events={name: fixed + moment.total for name, moment in moments.items()},
+        remark=found.remark,
     )
 
 

@@ -22,6 +22,7 @@ from tare.core.write import CHUNK
 from tare.kernels import native
 from tare.plan.activations import fake_tensors
 from tare.plan.cache import cached
+from tare.plan.kinds import Kind
 from tare.plan.models import DTYPES, build_skeleton, identity
 from tare.plan.outline import Outline
 from tare.plan.resolve import Choice
@@ -54,9 +55,9 @@ class StepCost:
     dense: dict[str, int] = field(default_factory=dict)  # why matrices have no subspace after all -> how many
 
 
-def state_bytes(choice: Choice, config: "PretrainedConfig | ModelShape", dtype: str) -> int:
+def state_bytes(choice: Choice, config: "PretrainedConfig | ModelShape", dtype: str, kind: Kind = "causal") -> int:
     """Bytes of optimizer state, exact, from the transforms' specs; nothing is allocated and no step is run."""
-    account = _on_paper(choice, config, dtype).state_bytes()
+    account = on_paper(choice, config, dtype, kind).state_bytes()
     return account.total + account.shared
 
 
@@ -67,10 +68,10 @@ def weight_bytes(config: "PretrainedConfig | ModelShape", dtype: str, quantized:
 
 def trained_sets(choice: Choice, config: "PretrainedConfig | ModelShape", dtype: str) -> tuple[tuple[str, ...], ...]:
     """Names of the leaves that have gradients, at the turns that may need most memory; nothing where all always have."""
-    return _on_paper(choice, config, dtype).trained_sets()
+    return on_paper(choice, config, dtype).trained_sets()
 
 
-def step_cost(choice: Choice, config: "PretrainedConfig | ModelShape", dtype: str) -> StepCost:
+def step_cost(choice: Choice, config: "PretrainedConfig | ModelShape", dtype: str, kind: Kind = "causal") -> StepCost:
     """State and temporaries of a method on a model whose weights are `dtype`, from disk if known."""
     what = {
         "kind": "optimizer",
@@ -81,12 +82,14 @@ def step_cost(choice: Choice, config: "PretrainedConfig | ModelShape", dtype: st
         "storage": repr(choice.storage),
         "native": native.available(),
     }
-    return cached(what, lambda: _run(choice, _on_paper(choice, config, dtype)), _encode, _decode)
+    if kind != "causal":
+        what["model"] = kind
+    return cached(what, lambda: _run(choice, on_paper(choice, config, dtype, kind)), _encode, _decode)
 
 
 def accumulation_refused(choice: Choice, config: "PretrainedConfig | ModelShape", dtype: str, by_previous: bool) -> str:
     """Why release mode cannot step on several micro-batches with this method, or nothing; see `Optimizer`."""
-    return _on_paper(choice, config, dtype).accumulation_refused(by_previous)
+    return on_paper(choice, config, dtype).accumulation_refused(by_previous)
 
 
 def _hashable(config: "PretrainedConfig | ModelShape") -> str | ModelShape:
@@ -94,7 +97,7 @@ def _hashable(config: "PretrainedConfig | ModelShape") -> str | ModelShape:
 
 
 @lru_cache(maxsize=4)
-def _shapes(config: str | ModelShape, dtype: str, quantized: bool = False) -> nn.Module:
+def _shapes(config: str | ModelShape, dtype: str, quantized: bool = False, kind: Kind = "causal") -> nn.Module:
     """The model on the meta device."""
     if isinstance(config, ModelShape):
         model: nn.Module = Outline(config, DTYPES[dtype])
@@ -103,16 +106,16 @@ def _shapes(config: str | ModelShape, dtype: str, quantized: bool = False) -> nn
 
         content = json.loads(config)
         with torch.device("meta"):
-            model = build_skeleton(CONFIG_MAPPING[content["model_type"]].from_dict(content), DTYPES[dtype])
+            model = build_skeleton(CONFIG_MAPPING[content["model_type"]].from_dict(content), DTYPES[dtype], kind)
     if quantized:
         weights.quantize_weights_(model)
     return model
 
 
-def _on_paper(choice: Choice, config: "PretrainedConfig | ModelShape", dtype: str) -> Optimizer:
+def on_paper(choice: Choice, config: "PretrainedConfig | ModelShape", dtype: str, kind: Kind = "causal") -> Optimizer:
     """The optimizer of the whole model on the meta device: it has leaves and an account, and no state."""
     return Choice(choice.key, choice.lr, choice.options, choice.storage).build(
-        _shapes(_hashable(config), dtype, choice.storage.weight == "int8")
+        _shapes(_hashable(config), dtype, choice.storage.weight == "int8", kind)
     )
 
 

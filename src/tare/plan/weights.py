@@ -35,10 +35,13 @@ def has_weights(folder: Path) -> bool:
     return False
 
 
-def load_pretrained(folder: Path, config: "PretrainedConfig", dtype: torch.dtype, kind: Any = None) -> nn.Module:
+def load_pretrained(
+    folder: Path, config: "PretrainedConfig", dtype: torch.dtype, kind: Any = None, fresh: tuple[str, ...] = ()
+) -> nn.Module:
     """The model of the folder, every weight accounted for.
 
-    kind: a class of `transformers`; default the causal language model that the config names.
+    kind: a class of `transformers`; default the causal language model that the config names. fresh: beginnings of names (behind any
+    prefix) of weights that the files may lack: they are drawn from torch's generator.
 
     Raises:
         InputError: a damaged file, a tensor that is missing, of another shape, or not finite.
@@ -62,8 +65,9 @@ def load_pretrained(folder: Path, config: "PretrainedConfig", dtype: torch.dtype
         raise InputError(f"{folder}: the weights cannot be read: {one_line(fault)}") from fault
     model, info = loaded
     for what in ("missing_keys", "mismatched_keys"):
-        if info.get(what):
-            first = sorted(info[what], key=str)[0]
+        lacking = sorted((name for name in info.get(what) or () if not _drawn(name, what, fresh)), key=str)
+        if lacking:
+            first = lacking[0]
             raise InputError(
                 f"{folder}: {what.replace('_keys', '')} weight {first}: the files do not match config.json"
             )
@@ -71,6 +75,11 @@ def load_pretrained(folder: Path, config: "PretrainedConfig", dtype: torch.dtype
         if not bool(weight.isfinite().all()):
             raise InputError(f"{folder}: weight {name} holds NaN or infinite values")
     return model
+
+
+def _drawn(name: Any, what: str, fresh: tuple[str, ...]) -> bool:
+    """Whether a weight is missing and may be."""
+    return what == "missing_keys" and any(f".{name}".find(f".{head}") >= 0 for head in fresh)
 
 
 def _check_index(folder: Path) -> None:

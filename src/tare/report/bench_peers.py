@@ -1,6 +1,6 @@
 """Other packages in `tare bench step`: torch's own optimizers and those of the extra `peers`, where they are installed.
 
-Peers are measured, never read: they are imported here and nowhere else in the library. Each is built as its authors show it, on
+Peers are imported here and nowhere else in the library. Each is built as its authors show it, on
 the same leaves as our own recipes; what only acts on matrices leaves the rest to torch's fused AdamW, as ours does. The package
 badam is no row: it freezes and clears what the others step.
 """

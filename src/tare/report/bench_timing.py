@@ -75,9 +75,12 @@ class TooSlow(Exception):
 
 
 def warm_up(contender: Contender, timed: Clock = milliseconds, slowest: float = math.inf) -> None:
-    """The first steps. Raises `TooSlow` when the second, which compiles nothing and computes no basis, takes `slowest` seconds."""
+    """The first steps. Raises `TooSlow` when the second, which compiles nothing and computes no basis, takes `slowest` seconds, or the
+    first ten times that."""
     before = graphs()
     contender.first_ms = timed(contender.step)
+    if contender.first_ms > 1e4 * slowest:
+        raise TooSlow(f"the first step takes {contender.first_ms / 1e3:.0f} s; --slowest is {slowest:g}")
     for number in range(WARM_UP - 1):
         taken = timed(contender.step)
         if number == 0 and taken > 1e3 * slowest:

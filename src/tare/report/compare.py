@@ -132,11 +132,14 @@ def check_method(config: RunConfig) -> None:
     """Raises `InputError` now for what the method would refuse after the data has been read."""
     from torch import nn
 
+    from tare.methods import registry
     from tare.plan.models import DTYPES
     from tare.train.session import build_optimizer, device_of, quantize, resolve, weights_dtype
 
     device_of(config.run.device)
-    if config.method.key != "auto":
+    if config.method.key != "auto" and registry.card(config.method.key).kind == "forward":
+        resolve(config)  # the rest depends on the model
+    elif config.method.key != "auto":
         config, layer = resolve(config), nn.Linear(4, 4, dtype=DTYPES[weights_dtype(config)])
         quantize(layer, config)
         build_optimizer(config, layer)

@@ -25,7 +25,7 @@ from tare.subspace.coordinates import gathered, top
 from tare.subspace.projection import Matrix, Projection, Side
 
 _BLOCK = 1 << 18  # elements made at once
-LEAST = 64  # sides from which on an FFT is less work than a product
+LEAST = 8  # sides from which on the products go by FFT
 
 
 @functools.lru_cache(maxsize=32)

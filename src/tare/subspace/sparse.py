@@ -111,7 +111,8 @@ def _by_rows(rest: Outside, index: Tensor, g: Tensor, found: Tensor) -> None:
     height = max(1, _BLOCK // n)
     starts = list(range(0, m, height))
     if is_fake(index):
-        bounds = [len(found) * number // len(starts) for number in range(len(starts))]
+        share = -(-len(found) // len(starts))
+        bounds = [min(len(found), share * number) for number in range(len(starts))]
     else:
         edges = torch.tensor(starts, dtype=index.dtype, device=index.device).mul_(n)
         bounds = torch.searchsorted(index, edges).tolist()

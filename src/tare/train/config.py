@@ -24,6 +24,9 @@ class ModelConfig(Section):
     name: str = setting("llama-9m", "a named size (llama-tiny ... llama-7b) or a transformers folder or config")
     tokenizer: str | None = setting(None, "tokenizer folder or tokenizer.json; none = a BPE trained on the data")
     checkpointing: bool = setting(False, "recompute activations in backward: less memory, about a third slower")
+    kind: Literal["auto", "causal", "masked", "classifier"] = setting(
+        "auto", "what kind of model a folder holds; auto = by the architecture that its config names"
+    )
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,28 @@ class DataConfig(Section):
     seq: int = setting(128, "tokens per sequence", low=2)
     eval_fraction: float = setting(0.02, "share of tokens held out when there is no eval_source", above=0, below=1)
     eval_tokens: int = setting(32_768, "tokens evaluated each time", low=1)
+
+
+@dataclass(frozen=True)
+class TaskConfig(Section):
+    """What is learned: the next token of text, or answers to rows of a table. See docs/finetuning.md."""
+
+    title = "task"
+    name: Literal["lm", "classify", "choice"] = setting(
+        "lm", "lm (next token of text), classify (rows with a label) or choice (rows with several answers)"
+    )
+    template: str | None = setting(
+        None, "sst2, rte, boolq, cb, copa, or a text of its own; none = the one whose columns the rows have"
+    )
+    words: dict[str, Any] = setting(dict, "the word that stands for each label, e.g. {0: terrible, 1: great}")  # noqa: RUF009
+    label_column: str = setting("label", "the column that holds the label, or the number of the right answer from 0")
+    objective: Literal["loss", "accuracy", "f1"] = setting(
+        "loss", "what is optimised; accuracy and f1 have no gradient: forward-only methods"
+    )
+    shots: int | None = setting(
+        None, "training examples of each class (choice: in all), by the seed; none = all", low=1
+    )
+    eval_examples: int = setting(1000, "examples evaluated each time", low=1)
 
 
 @dataclass(frozen=True)
@@ -130,3 +155,4 @@ class RunConfig:
     method: MethodConfig = field(default_factory=MethodConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     run: RunSection = field(default_factory=RunSection)
+    task: TaskConfig = field(default_factory=TaskConfig)

@@ -31,16 +31,54 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-class PackedDataset:
+class Order:
+    """A random order of `count` things for every epoch, a pure function of (seed, position).
+
+    Epoch `e` visits all of them once in the order of a keyed permutation: a Feistel network on the smallest even
+    number of bits, walked along its cycle until it falls inside `count` (Black and Rogaway 2002, "Ciphers with arbitrary
+    finite domains"). It needs no table and no state.
+
+    >>> order = Order(5, seed=0)
+    >>> sorted(int(index) for index in order.indices(0, 5))
+    [0, 1, 2, 3, 4]
+    """
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed = count, seed
+        self._half = max(1, math.ceil((count - 1).bit_length() / 2))  # bits of one side of the Feistel network
+
+    def epoch(self, position: int) -> float:
+        """Epochs done when `position` things have been seen."""
+        return position / self.count
+
+    def indices(self, position: int, batch: int) -> np.ndarray:
+        """What stands at `position .. position + batch - 1` -> int64 [batch]; positions count from 0 across epochs."""
+        if position < 0 or batch < 1:
+            raise ValueError(f"position {position} and batch {batch}: allowed are 0 or more, and 1 or more")
+        at = np.arange(position, position + batch, dtype=np.uint64)
+        epoch, index = at // np.uint64(self.count), at % np.uint64(self.count)
+        key = _mix(_mix(np.full(batch, self.seed % 2**64, np.uint64)) ^ epoch)
+        outside = np.ones(batch, bool)
+        while outside.any():  # the network permutes 4**half >= count numbers; at most 4 rounds of walking on average
+            index[outside] = self._feistel(index[outside], key[outside])
+            outside = index >= self.count
+        return index.astype(np.int64)
+
+    def _feistel(self, index: np.ndarray, key: np.ndarray) -> np.ndarray:
+        bits, mask = np.uint64(self._half), np.uint64((1 << self._half) - 1)
+        left, right = index >> bits, index & mask
+        for number in range(8):  # 4 rounds make a good permutation; small domains like some more
+            salt = key + np.uint64(number * 0x9E3779B97F4A7C15 % 2**64)  # the step of SplitMix64
+            left, right = right, left ^ (_mix(salt ^ right) & mask)
+        return (left << bits) | right
+
+
+class PackedDataset(Order):
     """Sequences of `seq` tokens out of one stream, in a random order of their own for every epoch.
 
     Sequence `i` of the stream is `tokens[i * seq : (i + 1) * seq]`; documents run on across sequences and what is left at
     the end (below `seq`) is not used. `batch()` gives the inputs, and they are the labels too: the models of `transformers`
     shift labels themselves, so a row of `seq` tokens holds `seq - 1` targets.
-
-    Epoch `e` visits all `count` sequences once in the order of a keyed permutation: a Feistel network on the smallest even
-    number of bits, walked along its cycle until it falls inside `count` (Black and Rogaway 2002, "Ciphers with arbitrary
-    finite domains"). It needs no table and no state.
 
     Arguments:
         tokens: the stream, 1-D integers (usually memory-mapped).
@@ -59,8 +97,8 @@ class PackedDataset:
     def __init__(self, tokens: np.ndarray, seq: int, seed: int, batch: int = 1, name: str = "data") -> None:
         if seq < 2:
             raise InputError(f"data.seq: {seq} tokens a sequence leave nothing to predict; allowed: 2 or more")
-        self.tokens, self.seq, self.seed = tokens, seq, seed
-        self.count = len(tokens) // seq
+        self.tokens, self.seq = tokens, seq
+        super().__init__(len(tokens) // seq, seed)
         if self.count < 1:
             raise InputError(
                 f"data: {name!r} has {len(tokens)} training tokens, fewer than one sequence of {seq}; give more text or set "
@@ -71,14 +109,9 @@ class PackedDataset:
                 f"data: {name!r} has {self.count} sequences of {seq} tokens, fewer than one batch of {batch}; give more "
                 f"text, or set train.batch to {self.count} or less, or data.seq lower"
             )
-        self._half = max(1, math.ceil((self.count - 1).bit_length() / 2))  # bits of one side of the Feistel network
 
     def __len__(self) -> int:
         return self.count
-
-    def epoch(self, position: int) -> float:
-        """Epochs done when `position` sequences have been seen."""
-        return position / self.count
 
     def sequence_index(self, position: int) -> int:
         """Which sequence of the stream stands at `position`; positions count from 0 across epochs."""
@@ -86,16 +119,7 @@ class PackedDataset:
 
     def sequence_indices(self, position: int, batch: int) -> np.ndarray:
         """Those at `position .. position + batch - 1` -> int64 [batch]."""
-        if position < 0 or batch < 1:
-            raise ValueError(f"position {position} and batch {batch}: allowed are 0 or more, and 1 or more")
-        at = np.arange(position, position + batch, dtype=np.uint64)
-        epoch, index = at // np.uint64(self.count), at % np.uint64(self.count)
-        key = _mix(_mix(np.full(batch, self.seed % 2**64, np.uint64)) ^ epoch)
-        outside = np.ones(batch, bool)
-        while outside.any():  # the network permutes 4**half >= count numbers; at most 4 rounds of walking on average
-            index[outside] = self._feistel(index[outside], key[outside])
-            outside = index >= self.count
-        return index.astype(np.int64)
+        return self.indices(position, batch)
 
     def batch(self, position: int, batch: int) -> torch.Tensor:
         """The `batch` sequences from `position` on -> int64 [batch, seq], inputs and labels alike.
@@ -106,14 +130,6 @@ class PackedDataset:
             self.sequence_indices(position, batch)
         ]
         return torch.from_numpy(rows.astype(np.int64))
-
-    def _feistel(self, index: np.ndarray, key: np.ndarray) -> np.ndarray:
-        bits, mask = np.uint64(self._half), np.uint64((1 << self._half) - 1)
-        left, right = index >> bits, index & mask
-        for number in range(8):  # 4 rounds make a good permutation; small domains like some more
-            salt = key + np.uint64(number * 0x9E3779B97F4A7C15 % 2**64)  # the step of SplitMix64
-            left, right = right, left ^ (_mix(salt ^ right) & mask)
-        return (left << bits) | right
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

@@ -54,7 +54,7 @@ def evaluate(
     total = torch.zeros((), dtype=torch.float64)
     means: list[float] = []
     tokens = 0
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for batch in batches:
             inputs = prepare(batch, device)
             # A model's loss is the mean over the labels that count, after its shift by one.
@@ -85,7 +85,7 @@ def prepare(batch: Batch, device: torch.device | str) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Every module in eval mode, and each put back into the mode that it had."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -3,7 +3,7 @@
 The order here is what keeps promises: take the folder, build everything, check that it fits, and only then write.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ class Result:
     """What a run came to. Losses are those of the last evaluation, sizes are bytes, `seconds` wall time over all resumes.
 
     `interrupted`: stopped by a signal before its end, saved, and ready to be resumed. `history`: the lines of `metrics.jsonl`.
+    `scores`: accuracy and f1 of a task at the last evaluation; `zero_shot`: before the first step. `forwards`: forward passes of a
+    method without gradients, evaluations apart.
     """
 
     out: Path
@@ -36,6 +38,9 @@ class Result:
     interrupted: bool
     config: RunConfig
     history: list[dict[str, Any]]
+    scores: dict[str, float] = field(default_factory=dict)
+    zero_shot: dict[str, float] = field(default_factory=dict)
+    forwards: int = 0
 
     @property
     def predicted_peak(self) -> int | None:
@@ -68,8 +73,10 @@ def train(config: RunConfig, *, on_event: OnEvent = ignore) -> Result:
         if config.run.tensorboard:
             metrics.writer_class()
         with session.threads(config.run.threads or 1):
-            predicted = session.check_budget(config)
-            job = session.build(config, predicted, lambda text: on_event(progress.Working(text)))
+            working = lambda text: on_event(progress.Working(text))  # noqa: E731
+            task = session.open_task(config, working)
+            predicted = session.check_budget(config, task)
+            job = session.build(config, predicted, working, task)
             counters = Counters()
             if snapshot is not None:
                 warnings += session.restore(job, snapshot)
@@ -107,4 +114,5 @@ def _result(job: session.Session, folder: run.RunFolder, now: Counters, interrup
         tokens_per_second=now.tokens_per_second, state_bytes=int(job.optimizer.state_bytes()),
         predicted=job.predicted, measured=now.measured, seconds=now.seconds, skipped=now.skipped,
         interrupted=interrupted, config=job.config, history=metrics.read(folder.metrics),
+        scores=now.scores, zero_shot=now.zero_shot, forwards=now.forwards,
     )  # fmt: skip

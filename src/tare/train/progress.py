@@ -59,7 +59,8 @@ class Started(Event):
 
 @dataclass(frozen=True)
 class StepDone(Event):
-    """One optimizer step. `memory`: highest bytes so far; `predicted`: the planned peak, or None.
+    """One optimizer step. `memory`: highest bytes so far; `predicted`: the planned peak, or None. `forwards`: forward passes so far of
+    a method without gradients; `skipped`: steps so far that were not finite.
 
     `seconds_left` is None during the first steps, which are measured and so tell little about the others.
     """
@@ -74,6 +75,8 @@ class StepDone(Event):
     memory: int
     predicted: int | None
     seconds_left: float | None
+    forwards: int | None = None
+    skipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,12 +91,14 @@ class Skipped(Event):
 
 @dataclass(frozen=True)
 class Evaluated(Event):
-    """The loss on held-out tokens after `step` steps."""
+    """The loss on held-out tokens after `step` steps; of a task, on held-out examples, with `scores` (accuracy, f1) and no perplexity."""
 
     step: int
     loss: float
-    perplexity: float
+    perplexity: float | None
     tokens: int
+    scores: dict[str, float] = field(default_factory=dict)
+    examples: int = 0
 
 
 @dataclass(frozen=True)
@@ -178,9 +183,11 @@ def step_line(event: StepDone) -> str:
     """
     planned = f" / {format_bytes(event.predicted)} predicted" if event.predicted else ""
     left = f"  {duration(event.seconds_left)} left" if event.seconds_left is not None else ""
+    passes = f"  {event.forwards:,} forward passes" if event.forwards is not None else ""
+    skipped = f"  {event.skipped} skipped" if event.skipped else ""
     return (
         f"step {event.step}/{event.steps}  loss {event.loss:.3f}  {event.tokens_per_second:,.0f} tokens/s  "
-        f"memory {format_bytes(event.memory)}{planned}  lr {event.lr:.2e}{left}"
+        f"memory {format_bytes(event.memory)}{planned}  lr {event.lr:.2e}{passes}{skipped}{left}"
     )
 
 
@@ -196,11 +203,26 @@ def describe(event: Event) -> str:
         )
     if isinstance(event, Skipped):
         return f"step {event.step}: {event.reason}: skipped ({event.streak} in a row, the run stops at {event.limit})"
+    if isinstance(event, Evaluated) and event.scores:
+        return (
+            f"step {event.step}{' (zero-shot)' if event.step == 0 else ''}: evaluation loss {event.loss:.4f}, "
+            f"{scores_line(event.scores)} over {event.examples:,} examples"
+        )
     if isinstance(event, Evaluated):
         return f"step {event.step}: evaluation loss {event.loss:.4f}, perplexity {event.perplexity:.2f}"
     if isinstance(event, Measured):
         return f"memory, predicted / measured: {compare(event.predicted, event.measured)}"
     return f"saved {event.path}" if isinstance(event, Saved) and event.path.name == "model" else ""
+
+
+def scores_line(scores: dict[str, float]) -> str:
+    """Scores of a task in words.
+
+    >>> scores_line({"accuracy": 0.9163, "f1": 0.91})
+    'accuracy 91.6 %, F1 0.910'
+    """
+    shown = {"accuracy": lambda x: f"accuracy {100 * x:.1f} %", "f1": lambda x: f"F1 {x:.3f}"}
+    return ", ".join(shown[name](value) for name, value in scores.items())
 
 
 def compare(predicted: dict[str, int], measured: dict[str, int]) -> str:

@@ -107,7 +107,7 @@ def open_model(folder: Path, dtype: torch.dtype) -> nn.Module:
         raise InputError(f"{folder}: no transformers model (no config.json)")
     if not has_weights(folder):
         raise InputError(f"{folder}: the model has no weights (no model.safetensors)")
-    config = config_for(folder)
+    config = config_for(folder, heads=True)
     names = getattr(config, "architectures", None) or []
     kind = getattr(transformers, names[0], None) if names else None
     return load_pretrained(folder, config, dtype, kind)

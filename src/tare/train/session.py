@@ -7,10 +7,10 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tare.core.clipping import Strict
 from tare.core.errors import CheckpointError, InputError
@@ -18,8 +18,9 @@ from tare.core.optimizer import Optimizer
 from tare.core.weights import dense_state_dict, is_quantized, quantize_weights_
 from tare.kernels import gemm
 from tare.methods import registry
+from tare.plan.activations import causal_loss
 from tare.plan.models import build_model, enable_checkpointing
-from tare.plan.resolve import Choice, require_gradients
+from tare.plan.resolve import Choice
 from tare.plan.resolve import resolve as resolve_method
 from tare.train.checkpoint import Snapshot, restore_weights
 from tare.train.config import RunConfig
@@ -30,42 +31,83 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from tare.plan.api import Plan
-    from tare.train.data import Corpus, PackedDataset
+    from tare.train.tasks.data import TaskData
 
 
 @dataclass
 class Session:
-    """All that a running job works on. `predicted`: bytes by category; `peaks`: each group's peak learning rate."""
+    """All that a running job works on. `predicted`: bytes by category; `peaks`: each group's peak learning rate.
+
+    `corpus`: text, or the examples of a task; `order`: where the batches of a position come from, the same for a task.
+    """
 
     config: RunConfig
     device: torch.device
     model: nn.Module
-    corpus: "Corpus"
-    order: "PackedDataset"
+    corpus: Any  # Corpus | TaskData
+    order: Any  # PackedDataset | TaskData
     optimizer: Optimizer
     schedule: Schedule
     peaks: list[float]
     predicted: dict[str, int] = field(default_factory=dict)
+    task: "TaskData | None" = None  # the same again, where it is not text
+
+    @property
+    def forward_only(self) -> bool:
+        """Whether the method evaluates losses and no gradients."""
+        return registry.card(self.config.method.key).kind == "forward"
+
+    def loss(self, batch: Any) -> Tensor:
+        """The loss of a batch of `order`, differentiable."""
+        return causal_loss(self.model, batch) if self.task is None else self.task.loss(self.model, batch)
+
+    def objective(self, batch: Any) -> Tensor:
+        """What a forward-only method makes smaller on a batch."""
+        return causal_loss(self.model, batch) if self.task is None else self.task.objective(self.model, batch)
 
 
-def build(config: RunConfig, predicted: dict[str, int], progress: Callable[[str], None] | None = None) -> Session:
-    """Everything that a resolved configuration names. Raises `InputError` for what is wrong with it, all before step 1."""
+def open_task(config: RunConfig, progress: Callable[[str], None] | None = None) -> "TaskData | None":
+    """The examples of a configuration's task; None where that is text. Raises `InputError` for what is wrong with them."""
+    if config.task.name == "lm":
+        return None
+    from tare.train.tasks.data import open_task as open_
+
+    return open_(config, progress)
+
+
+def build(
+    config: RunConfig, predicted: dict[str, int], progress: Callable[[str], None] | None = None, task: "TaskData | None" = None
+) -> Session:  # fmt: skip
+    """Everything that a resolved configuration names. task: if it has been opened already.
+
+    Raises `InputError` for what is wrong with it, all before step 1.
+    """
     from tare.train.data import open_corpus
 
     device = device_of(config.run.device)
-    model = build_model(config.model.name, dtype=weights_dtype(config), seed=config.run.seed, device=device)
+    task = task or open_task(config, progress)
+    kind, labels = ("causal", None) if task is None else (task.kind, task.outputs)
+    model = build_model(
+        config.model.name, dtype=weights_dtype(config), seed=config.run.seed, device=device, kind=kind, labels=labels
+    )
+    if task is not None and getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = task.tokenizer.pad_token_id  # type: ignore[union-attr]
     check_model(model, config)
     quantize(model, config)
     if config.model.checkpointing:
         enable_checkpointing(model)
-    model.train()
+    # Dropout would add noise to the differences that forward-only methods live on.
+    model.train(registry.card(config.method.key).kind == "gradient")
     optimizer = build_optimizer(config, model)
-    corpus = open_corpus(config.data, model.config.vocab_size, config.model.tokenizer, progress)  # type: ignore[union-attr, arg-type]
-    order = corpus.dataset(config.run.seed, config.train.batch)
+    corpus: Any = task
+    order: Any = task
+    if task is None:
+        corpus = open_corpus(config.data, model.config.vocab_size, config.model.tokenizer, progress)  # type: ignore[union-attr, arg-type]
+        order = corpus.dataset(config.run.seed, config.train.batch)
     gemm.decided()  # settled now, not inside the first step, whose memory and time are measured
     peaks = [float(group["lr"]) for group in optimizer.param_groups]
     seed_everything(config.run.seed)
-    return Session(config, device, model, corpus, order, optimizer, Schedule.of(config.train), peaks, predicted)
+    return Session(config, device, model, corpus, order, optimizer, Schedule.of(config.train), peaks, predicted, task)
 
 
 def resolve(config: RunConfig) -> RunConfig:
@@ -75,6 +117,7 @@ def resolve(config: RunConfig) -> RunConfig:
     say how, or two answers to where bases come from.
     """
     method, train = config.method, config.train
+    check_task(config)
     if method.release and train.clip is not None and train.clip_mode == "exact":
         raise InputError(
             "train.clip: method.release frees each gradient inside backward, before the norm of all is known; set "
@@ -87,7 +130,15 @@ def resolve(config: RunConfig) -> RunConfig:
             "is first; leave one of them out"
         )
     if method.key == "auto":
-        method = replace(method, key=choose(config))
+        method = replace(method, key=choose(config, open_task(config)))
+    forward = registry.card(method.key).kind == "forward"
+    if config.task.objective != "loss" and not forward:
+        raise InputError(
+            f"task.objective: {config.task.objective} has no gradient, and {method.key} steps with gradients; use loss, or a method of "
+            f"{', '.join(registry.keys('forward'))}"
+        )
+    if forward:
+        train = replace(train, clip=None)  # there is no gradient whose norm could be limited
     if method.rank is not None and "rank" not in registry.options(method.key):
         raise InputError(f"method.rank: {method.key} has no rank; leave it out")
     choice = choice_of(replace(config, method=method))
@@ -97,13 +148,29 @@ def resolve(config: RunConfig) -> RunConfig:
         options=options, storage=asdict(choice.storage),
     )  # fmt: skip
     threads = config.run.threads or torch.get_num_threads()
-    return replace(config, method=method, run=replace(config.run, threads=threads))
+    return replace(config, method=method, train=train, run=replace(config.run, threads=threads))
+
+
+def check_task(config: RunConfig) -> None:
+    """Raise `InputError` for settings of a task that do not go together."""
+    task = config.task
+    if task.name == "lm":
+        for name, plain in (("template", None), ("words", {}), ("objective", "loss"), ("shots", None)):
+            if getattr(task, name) != plain:
+                raise InputError(f"task.{name}: is for the tasks classify and choice; set task.name (--task)")
+        if config.model.kind not in ("auto", "causal"):
+            raise InputError(
+                f"model.kind: text is learned by causal models, not {config.model.kind}; set task.name (--task)"
+            )
+    if task.name == "choice" and task.objective == "f1":
+        raise InputError("task.objective: f1 is for classify; the answers of a choice are no classes: use accuracy")
+    if task.name == "choice" and task.words:
+        raise InputError("task.words: is for classify; the answers of a choice stand in the rows")
 
 
 def choice_of(config: RunConfig) -> Choice:
     """The method of a configuration as the planner sees it, presets filled in."""
     method = config.method
-    require_gradients([method.key])
     hyper = {**method.options, "lr": method.lr, "rank": method.rank, "weight_decay": method.weight_decay}
     dtype = weights_dtype(config)
     return resolve_method(
@@ -125,7 +192,7 @@ def build_optimizer(config: RunConfig, model: nn.Module) -> Optimizer:
         strict: Strict = "leaf" if next(model.parameters()).device.type == "cpu" else "step"
         optimizer.clip_release(train.clip, mode, parts=train.clip_parts, strict=strict)
         optimizer.refresh_release(train.refresh_from, parts=train.refresh_parts)
-    if train.accumulate > 1:
+    if train.accumulate > 1 and registry.card(config.method.key).kind == "gradient":
         with optimizer.accumulating():  # says now, not in backward, whether it can
             pass
     return optimizer
@@ -160,30 +227,35 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def check_budget(config: RunConfig) -> dict[str, int]:
+def check_budget(config: RunConfig, task: "TaskData | None" = None) -> dict[str, int]:
     """What the plan predicts for a resolved configuration: bytes by category at the peak, and `peak`.
 
     Raises `DoesNotFit`, with the smallest change that would fit, if that is more than `run.budget`.
     """
     from tare.plan import api
 
-    planned = plan_of(config, [config.method.key])
+    planned = plan_of(config, [config.method.key], task)
     row = planned.row(api.choose(planned))
     parts = ("weights", "gradients", "state", "activations", "temporaries", "peak")
     return {part: getattr(row, part) for part in parts}
 
 
-def choose(config: RunConfig) -> str:
+def choose(config: RunConfig, task: "TaskData | None" = None) -> str:
     """The planner's choice for `auto`: the most preferred method that fits. Raises `DoesNotFit` if none does."""
     from tare.plan import api
 
-    return api.choose(plan_of(config, None))
+    return api.choose(plan_of(config, None, task))
 
 
-def plan_of(config: RunConfig, methods: list[str] | None) -> "Plan":
-    """The plan for the settings of a run; `methods` None means all."""
+def plan_of(config: RunConfig, methods: list[str] | None, task: "TaskData | None" = None) -> "Plan":
+    """The plan for the settings of a run; `methods` None means all that step with gradients. task: for its longest examples."""
     from tare.plan import api
 
+    work = None
+    if task is not None:
+        from tare.train.tasks.workload import TaskWork
+
+        work = TaskWork(task, config.train.batch)
     method, train = config.method, config.train
     hyper = {"lr": method.lr, "rank": method.rank, "weight_decay": method.weight_decay, **method.options}
     return api.plan(
@@ -203,6 +275,7 @@ def plan_of(config: RunConfig, methods: list[str] | None) -> "Plan":
         precision=train.precision,
         storage=method.storage or None,
         hyper={name: value for name, value in hyper.items() if value is not None},
+        work=work,
     )
 
 
@@ -253,7 +326,7 @@ def save_model(session: Session, folder: Path) -> None:
     from transformers.utils import logging
 
     model, tokenizer = cast("PreTrainedModel", session.model), session.corpus.tokenizer
-    for config in (model.config, model.generation_config):
+    for config in filter(None, (model.config, getattr(model, "generation_config", None))):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(config, name, getattr(tokenizer, name))
     tokenizer.model_max_length = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)

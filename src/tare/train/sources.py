@@ -61,7 +61,7 @@ def find(source: str) -> Source:
             return Source(source, tuple(files))
         raise InputError(f"data: the folder {source!r} holds no text; read are .txt, .md, code, .jsonl and .parquet")
     if source.strip() and os.path.exists(path):
-        table, empty = _kind(path) in (".csv", ".tsv"), path.stat().st_size == 0
+        table, empty = file_kind(path) in (".csv", ".tsv"), path.stat().st_size == 0
         if table or empty or not path.is_file():
             problem = "is a table" if table else "is empty" if path.is_file() else "is no regular file"
             raise InputError(f"data: {source!r} {problem}; allowed: {ALLOWED}")
@@ -118,16 +118,16 @@ def _walk(folder: Path, without: Iterable[str] = ()) -> Iterator[tuple[str, Path
     for place, folders, names in os.walk(folder, onerror=stop):
         folders[:] = [name for name in folders if name[0] != "." and name not in {"__pycache__", *without}]
         for path in (Path(place, name) for name in names if name[0] != "."):
-            if _kind(path) in _TEXT | _ROWS and path.is_file():
+            if file_kind(path) in _TEXT | _ROWS and path.is_file():
                 yield path.relative_to(folder).as_posix(), path
 
 
-def _kind(path: Path) -> str:
+def file_kind(path: Path) -> str:
     """The suffix that says how a file is read, compression aside: `a.jsonl.xz` is `.jsonl`."""
     return Path(path.stem if path.suffix.lower() in (".gz", ".xz") else path.name).suffix.lower()
 
 
-def _open(path: Path) -> Any:
+def open_file(path: Path) -> Any:
     return {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix.lower(), open)(path, "rb")  # type: ignore[operator]
 
 
@@ -140,16 +140,18 @@ def _not_blank(rows: Iterator[Document], given: str) -> Iterator[Document]:
 
 
 def _file_rows(found: Source, column: str) -> Iterator[Document]:
-    total = sum(os.path.getsize(path) for _, path in found.files if _kind(path) not in _ROWS)
+    total = sum(os.path.getsize(path) for _, path in found.files if file_kind(path) not in _ROWS)
     piece = min(max(total // 32, PIECE // 32), PIECE)
     for name, path in found.files:
-        if _kind(path) == ".parquet":
+        if file_kind(path) == ".parquet":
             yield from _streamed(name, column, f"{path}", math.inf, path="parquet", data_files=f"{path}", split="train")
             continue
         try:
-            with _open(path) as file:
+            with open_file(path) as file:
                 reader = io.TextIOWrapper(file, encoding="utf-8-sig")  # takes off a BOM and makes CRLF one newline
-                rows = _json_lines(reader, path, name, column) if _kind(path) in _ROWS else _text(reader, name, piece)
+                rows = (
+                    _json_lines(reader, path, name, column) if file_kind(path) in _ROWS else _text(reader, name, piece)
+                )
                 yield from rows
         except UnicodeDecodeError as error:
             if not found.lenient:
@@ -180,7 +182,7 @@ def _json_lines(reader: io.TextIOWrapper, path: Path, name: str, column: str) ->
         except (ValueError, RecursionError) as error:
             if "\0" in line:
                 raise _not_text(path) from error
-            what = f"malformed JSON ({_one_line(error)})"
+            what = f"malformed JSON ({error_line(error)})"
             raise InputError(f"data: {path}:{number}: {what}; every line must be one JSON object") from error
         yield Document(f"{name}:{number}", _cell(row, column, f"{path}:{number}"))
 
@@ -201,7 +203,9 @@ def _streamed(file: str, column: str, where: str, limit: float, /, **what: Any) 
     except InputError:
         raise
     except Exception as error:  # of pyarrow, datasets, fsspec or the network: whichever reads the bytes
-        raise InputError(f"data: {where}: cannot be read ({_one_line(error)}); is it whole, its name right?") from error
+        raise InputError(
+            f"data: {where}: cannot be read ({error_line(error)}); is it whole, its name right?"
+        ) from error
     finally:
         datasets.logging.set_verbosity(before)
 
@@ -214,7 +218,7 @@ def _hub_commit(name: str, remembered: bool = True) -> str:
         ask = lambda: str(HfApi().dataset_info(name, timeout=10.0).sha)  # noqa: E731
         return cache.last_known("hub", cache.key_of(name), ask) if remembered else ask()
     except Exception as error:  # no network, no such set, no access: each comes in several classes
-        what = f"data: {name!r} does not exist here and was not found as a hub data set ({_one_line(error)})"
+        what = f"data: {name!r} does not exist here and was not found as a hub data set ({error_line(error)})"
         raise InputError(f"{what}; check spelling and network; allowed: {ALLOWED}") from error
 
 
@@ -235,15 +239,15 @@ def _cell(row: Any, column: str, where: str) -> str:
 
 def _not_text(path: Path) -> InputError:
     """Reads the file over again for the number of the line: only the way to an error pays for it."""
-    with _open(path) as file:
+    with open_file(path) as file:
         lines = (raw.decode(errors="surrogateescape") for raw in file)  # bytes that are not UTF-8 become surrogates
         bad = next((number for number, line in enumerate(lines, 1) if re.search("[\0\ud800-\udfff]", line)), 0)
     return InputError(f"data: {path}:{bad}: not UTF-8 text (binary, NUL, another encoding); convert it or leave it out")
 
 
 def _unreadable(path: Path, error: Exception) -> InputError:
-    return InputError(f"data: {str(path)!r} cannot be read ({_one_line(error)}); check the file and its permissions")
+    return InputError(f"data: {str(path)!r} cannot be read ({error_line(error)}); check the file and its permissions")
 
 
-def _one_line(error: Exception) -> str:
+def error_line(error: Exception) -> str:
     return " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())[:200]

@@ -1,29 +1,35 @@
 """One optimizer step: micro-batches, the check that everything is finite, clipping, the update. A bad step changes nothing."""
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from tare.core.clipping import NotFinite, factor_for, norm_of, squared_norm
-from tare.plan.activations import autocast, causal_loss
+from tare.plan.activations import autocast
 from tare.train.session import Session
+from tare.zeroth.optimizer import ForwardOptimizer
 
 
 @dataclass(frozen=True)
 class Outcome:
     """`loss`: mean over the step's tokens; `grad_norm`: before clipping; `clip_factor`: what gradients were multiplied by, None
-    without a limit; `problem`: why the step was skipped.
+    without a limit; `problem`: why the step was skipped; `tokens`: of the step's batch, without padding; `forwards`: forward passes
+    of a method without gradients, over micro-batches.
 
-    `grad_norm` is None only where release mode sums projected gradients over micro-batches and does not clip.
+    `grad_norm` is None where release mode sums projected gradients over micro-batches and does not clip, and without gradients.
     """
 
     loss: float
     grad_norm: float | None
     clip_factor: float | None = None
     problem: str = ""
+    tokens: int = 0
+    forwards: int = 0
 
 
 def take_step(job: Session, position: int) -> Outcome:
@@ -34,10 +40,46 @@ def take_step(job: Session, position: int) -> Outcome:
     leaves that were stepped before the bad gradient appeared keep their step, on a GPU also those after it, and bases that were
     computed ahead of the step stay; no bad value is ever written.)
     """
+    train = job.config.train
+    starts = range(position, position + train.accumulate * train.batch, train.batch)
+    if isinstance(job.optimizer, ForwardOptimizer):
+        return _step_forward(job, job.optimizer, [job.order.batch(start, train.batch) for start in starts])
+    seen: dict[int, int] = {}
+    return replace(_step_back(job, [partial(_loss, job, start, seen) for start in starts]), tokens=sum(seen.values()))
+
+
+def _step_forward(job: Session, optimizer: ForwardOptimizer, batches: list[Any]) -> Outcome:
+    """A step on losses alone. Every evaluation in it sees the same batches; one that is not finite skips the step."""
+    train = job.config.train
+    held, forwards = [batch.to(job.device) for batch in batches], 0
+
+    def closure() -> Tensor:
+        nonlocal forwards
+        total = torch.zeros((), device=job.device)
+        for batch in held:
+            forwards += 1
+            with autocast(train.precision, job.device.type):
+                total = total + job.objective(batch).float()
+        return total / len(held)
+
+    tokens = sum(map(_tokens, batches))
+    try:
+        loss = optimizer.step(closure)
+    except NotFinite as fault:
+        return Outcome(math.nan, None, problem=str(fault), tokens=tokens, forwards=forwards)
+    problem = "" if math.isfinite(loss) else "the loss of a probe is not finite"
+    return Outcome(loss, None, problem=problem, tokens=tokens, forwards=forwards)
+
+
+def _tokens(batch: Any) -> int:
+    return int(batch.numel() if isinstance(batch, Tensor) else batch.tokens)
+
+
+def _step_back(job: Session, losses_of: list[Callable[[], Tensor]]) -> Outcome:
+    """A step with gradients. losses_of: each micro-batch's share of the loss."""
     train, optimizer = job.config.train, job.optimizer
     try:
-        starts = range(position, position + train.accumulate * train.batch, train.batch)
-        losses = optimizer.backward(*(partial(_loss, job, start) for start in starts))
+        losses = optimizer.backward(*losses_of)
         if job.config.method.release:
             optimizer.step()
             assert optimizer.clipped is not None
@@ -53,12 +95,13 @@ def take_step(job: Session, position: int) -> Outcome:
         optimizer.zero_grad(set_to_none=True)  # and what earlier micro-batches of a dropped step have gathered
 
 
-def _loss(job: Session, position: int) -> Tensor:
-    """The share of one micro-batch in the loss. Raises `NotFinite`."""
+def _loss(job: Session, position: int, seen: dict[int, int]) -> Tensor:
+    """The share of one micro-batch in the loss; its tokens go to `seen`, once however often it is run. Raises `NotFinite`."""
     train = job.config.train
-    tokens = job.order.batch(position, train.batch).to(job.device)
+    batch = job.order.batch(position, train.batch).to(job.device)
+    seen[position] = _tokens(batch)
     with autocast(train.precision, job.device.type):
-        loss = causal_loss(job.model, tokens)
+        loss = job.loss(batch)
     value = float(loss.detach())
     if not math.isfinite(value):
         raise NotFinite(f"the loss is {value}")

@@ -95,11 +95,14 @@ def trained_tokenizer(
     return load_tokenizer(cache.entry("tokenizers", key, build))
 
 
-def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> "PreTrainedTokenizerFast":
+def load_tokenizer(
+    path: str | Path, vocab_size: int | None = None, *, documents: bool = True
+) -> "PreTrainedTokenizerFast":
     """Open a tokenizer: a folder with `tokenizer.json` (as `save_pretrained` writes it) or such a file.
 
     The end-of-text token is the one that the folder's configuration names, else a well-known one of the vocabulary; it
-    stands in for a missing padding token. With `vocab_size`, ids must stay below it.
+    stands in for a missing padding token. With `vocab_size`, ids must stay below it. documents: whether texts follow one another, so
+    that the end-of-text token is needed.
 
     Raises `InputError`: nothing there, not a tokenizer, no end-of-text token, more ids than `vocab_size`.
     """
@@ -120,12 +123,15 @@ def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> "PreTrain
         raise InputError(f"{what}; save the tokenizer again") from error
     if tokenizer.eos_token_id is None:
         known = [token for token in _KNOWN_EOS if backend.token_to_id(token) is not None]
-        if not known:
+        if not known and documents:
             what = f"tokenizer: {str(path)!r} has no end-of-text token, which must stand between documents"
             raise InputError(f"{what}; set eos_token in tokenizer_config.json or add one of: {', '.join(_KNOWN_EOS)}")
-        tokenizer.eos_token = known[0]
+        if known:
+            tokenizer.eos_token = known[0]
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = PAD if backend.token_to_id(PAD) is not None else tokenizer.eos_token
+        # What stands for padding is masked, so any token does.
+        other = tokenizer.eos_token or tokenizer.unk_token or backend.id_to_token(0)
+        tokenizer.pad_token = PAD if backend.token_to_id(PAD) is not None else other
     if vocab_size is not None:
         check_fits(tokenizer, vocab_size, str(path))
     return tokenizer

@@ -19,15 +19,17 @@ from tare.core.errors import InputError
 from tare.plan.budget import format_bytes, parse_bytes
 from tare.plan.measure import StepMeter
 from tare.plan.models import parameter_count
-from tare.train import checkpoint, progress, session
+from tare.train import checkpoint, progress, seedlog, session
 from tare.train.evaluate import evaluate
 from tare.train.metrics import Metrics
 from tare.train.run import RunFolder
 from tare.train.schedule import set_lr
+from tare.train.seedlog import RunLog
 from tare.train.seeds import arithmetic, random_state
 from tare.train.session import Session
 from tare.train.signals import StopSignals
 from tare.train.step import Outcome, finite, take_step
+from tare.zeroth.optimizer import ForwardOptimizer
 
 METERED = 2  # the first steps are measured: step 0 computes bases, step 1 is an ordinary one
 
@@ -53,6 +55,9 @@ class Counters:
     eval_perplexity: float | None = None
     eval_tokens: int = 0
     measured: dict[str, int] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)  # of a task, at the last evaluation
+    zero_shot: dict[str, float] = field(default_factory=dict)  # and before the first step
+    forwards: int = 0  # forward passes of a method without gradients
 
     @property
     def tokens_per_second(self) -> float:
@@ -67,14 +72,20 @@ class Trainer:
         self.config = job.config
         self.steps = job.config.train.steps
         self.saved = counters.step
+        self.seeds: RunLog | None = None
         self.log: Metrics
 
     def run(self) -> bool:
         """Train; False if a signal stopped it before the end. Raises `Diverged`, `CheckpointError`."""
         self.log = Metrics(self.folder.metrics, self.config.run.tensorboard, self.now.step)
+        optimizer, done = self.job.optimizer, False
+        if isinstance(optimizer, ForwardOptimizer):
+            self.seeds = optimizer.on_step = RunLog(self.folder.path / seedlog.NAME, self._no_log)
         started, before = time.monotonic(), self.now.seconds
         try:
             with StopSignals() as signals:
+                if self.job.task is not None and not self.now.step:
+                    self._evaluate()
                 while True:
                     self.now.seconds = before + time.monotonic() - started
                     if (
@@ -89,11 +100,18 @@ class Trainer:
                         return False
                     if self.now.step >= self.steps:
                         self.folder.write_model(lambda place: session.save_model(self.job, place))
+                        done = True
                         self.tell(progress.Saved(self.now.step, self.folder.model))
                         return True
                     self._step()
         finally:
+            if self.seeds is not None:
+                self.seeds.close(seal=done)
             self.log.close()
+
+    def _no_log(self, text: str) -> None:
+        self.log.write("warning", self.now.step, text=text)
+        self.tell(progress.Warned(text))
 
     def _due(self, every: int) -> bool:
         """Whether something done every so many steps, and at the end, is due now."""
@@ -112,27 +130,29 @@ class Trainer:
         count = train.batch * train.accumulate
         now.step += 1
         now.position += count
-        now.tokens += count * self.config.data.seq
+        now.tokens += outcome.tokens
+        now.forwards += outcome.forwards
         if not metered:
             now.timed_seconds += taken
-            now.timed_tokens += count * self.config.data.seq
+            now.timed_tokens += outcome.tokens
         if meter is not None:
             self._measured(meter.peak)
         if outcome.problem:
             self._bad(outcome)
             return
         now.streak = 0
+        passes = {"forwards": now.forwards} if self.seeds is not None else {}
         self.log.write(
             "step", now.step, loss=outcome.loss, lr=lr, grad_norm=outcome.grad_norm, clip_factor=outcome.clip_factor,
-            tokens=now.tokens, seconds=taken,
+            tokens=now.tokens, seconds=taken, **passes,
         )  # fmt: skip
-        rate = now.tokens_per_second or count * self.config.data.seq / taken
-        todo = (self.steps - now.step) * count * self.config.data.seq
-        left = todo / now.tokens_per_second if now.timed_tokens else None
+        rate = now.tokens_per_second or outcome.tokens / taken
+        each = now.timed_seconds / max(1, now.step - METERED)
+        left = (self.steps - now.step) * each if now.timed_tokens else None
         self.tell(
             progress.StepDone(
                 now.step, self.steps, outcome.loss, lr, outcome.grad_norm, now.tokens, rate, self._memory(),
-                self.job.predicted.get("peak"), left,
+                self.job.predicted.get("peak"), left, now.forwards if self.seeds is not None else None, now.skipped,
             )
         )  # fmt: skip
 
@@ -149,7 +169,14 @@ class Trainer:
             )
 
     def _evaluate(self) -> None:
-        train, now = self.config.train, self.now
+        train, now, task = self.config.train, self.now, self.job.task
+        if task is not None:
+            found = task.evaluate(self.job.model, self.job.device, train.precision, train.batch)
+            now.evaluated, now.eval_loss, now.scores = now.step, found.loss, found.numbers()
+            now.zero_shot = now.zero_shot if now.step else now.scores
+            self.log.write("eval", now.step, loss=found.loss, examples=found.examples, **now.scores)
+            self.tell(progress.Evaluated(now.step, found.loss, None, 0, now.scores, found.examples))
+            return
         batches = self.job.corpus.eval_batches(train.batch)
         result = evaluate(self.job.model, batches, self.job.device, train.precision)
         now.evaluated, now.eval_tokens = now.step, result.tokens
@@ -166,6 +193,8 @@ class Trainer:
                 "lower method.lr and resume"
             )
         self.log.sync()  # a resumed run counts on the lines up to its checkpoint
+        if self.seeds is not None:
+            self.seeds.sync()
         config = asdict(self.config)
         facts = {
             "tare": __version__,
@@ -223,12 +252,16 @@ def begin(
     """Write the configuration, cut the log back to where the run goes on, and say so."""
     from tare.train.metrics import truncate
 
-    truncate(folder.metrics, counters.step if resumed else -1, counters.evaluated)
+    truncate(folder.metrics, *((counters.step, counters.evaluated) if resumed else (-1, -1)))
     folder.write_config(job.config)
     log = Metrics(folder.metrics)
     if resumed:
         log.write("resume", counters.step, path=str(resumed.relative_to(folder.path)))
         tell(progress.Note(f"resumed at step {counters.step} from {resumed}"))
+    for text in job.task.notes if job.task is not None else []:
+        tell(progress.Note(text))
+    if job.forward_only:
+        tell(progress.Note("forward passes only: dropout off (eval mode), one batch for all probes of a step"))
     for text in warnings:
         log.write("warning", counters.step, text=text)
         tell(progress.Warned(text))

@@ -18,7 +18,7 @@ class Dice:
 
     def __init__(self, devices: Iterable[torch.device]):
         self._gpus = sorted({device.index or 0 for device in devices if device.type == "cuda"})
-        self._before = self._look()
+        self._before = self.look()
         self._after: tuple[Any, ...] | None = None
         self._fresh = True
 
@@ -26,24 +26,26 @@ class Dice:
     def throw(self) -> Iterator[None]:
         """Around one evaluation."""
         if not self._fresh:
-            self._put(self._before)
+            self.put(self._before)
         self._fresh = False
         yield
         if self._after is None:
-            self._after = self._look()
+            self._after = self.look()
 
     def settle(self, failed: bool = False) -> None:
         """After the last one; after a step that failed as before the first, so that it can be taken again."""
         if not self._fresh:
-            self._put(self._before if failed or self._after is None else self._after)
+            self.put(self._before if failed or self._after is None else self._after)
 
-    def _look(self) -> tuple[Any, ...]:
+    def look(self) -> tuple[Any, ...]:
+        """Where the generators stand."""
         numpy = sys.modules.get("numpy")
         arrays = numpy.random.get_state() if numpy is not None else None
         gpus = [torch.cuda.get_rng_state(number) for number in self._gpus]
         return torch.get_rng_state(), gpus, random.getstate(), arrays
 
-    def _put(self, state: tuple[Any, ...]) -> None:
+    def put(self, state: tuple[Any, ...]) -> None:
+        """Back to what `look` saw."""
         host, gpus, python, arrays = state
         torch.set_rng_state(host)
         for number, one in zip(self._gpus, gpus, strict=True):

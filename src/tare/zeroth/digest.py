@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 def digests(optimizer: "ForwardOptimizer") -> dict[str, bytes]:
     """blake2b of the bytes of every leaf, by name."""
+    optimizer.flush()
     return {entry.leaf.name: digest_of(p.detach()) for p, entry in optimizer._entries.items()}
 
 
@@ -24,17 +25,18 @@ def digest_of(tensor: Tensor) -> bytes:
     (True, False)
     """
     found = hashlib.blake2b(digest_size=16)
-    for part in _parts(tensor):
+    for part in parts(tensor):
         flat = part.contiguous().view(-1)
         for piece in flat.split(1 << 24):
             found.update(piece.cpu().view(torch.uint8).numpy().data)
     return found.digest()
 
 
-def _parts(tensor: Tensor) -> Iterator[Tensor]:
+def parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The plain tensors that one is made of: itself, or those inside."""
     if is_traceable_wrapper_subclass(tensor):
         for name in tensor.__tensor_flatten__()[0]:
-            yield from _parts(getattr(tensor, name))
+            yield from parts(getattr(tensor, name))
     else:
         yield tensor.detach()
 

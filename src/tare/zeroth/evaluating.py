@@ -35,7 +35,9 @@ class Evaluating:
         kept = dict(self.param_groups[0][KEPT])
         if len(rates := {float(group["lr"]) for group in self.param_groups}) == 1:
             (kept["lr"],) = rates
-        dice, failed = Dice({leaf.parameter.device for leaf in leaves}), True
+        if (begin := getattr(self.exchange, "begin", None)) is not None:
+            begin(self)
+        dice, failed = Dice({leaf.parameter.device for leaf in leaves} | self.memory.devices), True
         try:
             with closing(self.probe.ask(self.steps, kept)) as asking:
                 estimate = self._converse(asking, leaves, closure, losses, dice)
@@ -67,28 +69,35 @@ class Evaluating:
         self, leaves: list[Moved], points: list[Point], closure: Callable[[], Any], losses: list[float], dice: Dice
     ) -> list[float]:
         """A number for every point; the losses among them, and those that came with derivatives, go to `losses` too."""
-        beside: list[Tensor | float] = []
+        beside: dict[int, Tensor | float] = {}  # losses that came with derivatives, by point
 
         def run() -> Tensor | float:
             self.evaluated += 1
             with dice.throw():
                 return loss_from(closure())
 
-        def look(point: Point) -> Tensor | float:
-            if point.along:
-                self.evaluated += 1
-                with dice.throw():
-                    loss, value = slope_at(self.model, leaves, point, closure)
-                beside.append(loss)
-            else:
-                value = self.memory.evaluate(leaves, point, run)
-            self._watch.loss(value)
-            found: Tensor | float = value
-            return found
+        def slope(point: Point) -> Tensor | float:
+            self.evaluated += 1
+            with dice.throw():
+                loss, value = slope_at(self.model, leaves, point, closure)
+            beside[id(point)] = loss
+            return value
 
-        if self.exchange is not None:
-            values = self.exchange.evaluate(points, lambda some: numbers([look(point) for point in some]))
-        else:
-            values = numbers([look(point) for point in points])
-        losses += [value for point, value in zip(points, values, strict=True) if not point.along] + numbers(beside)
+        def look(some: list[Point]) -> list[float]:
+            if any(point.along for point in some):
+                found = [slope(point) if point.along else self.memory.evaluate(leaves, point, run) for point in some]
+            else:
+                found = self.memory.evaluate_all(leaves, some, run)
+            for value in found:
+                self._watch.loss(value)
+            return numbers(found)
+
+        def also(some: list[Point]) -> list[float]:
+            return numbers(beside.get(id(point), 0.0) for point in some)
+
+        shared = self.exchange.evaluate if self.exchange is not None else lambda points, evaluate: evaluate(points)
+        values, extra = shared(points, look), []
+        if any(point.along for point in points):
+            extra = [loss for point, loss in zip(points, shared(points, also), strict=True) if point.along]
+        losses += [value for point, value in zip(points, values, strict=True) if not point.along] + extra
         return values

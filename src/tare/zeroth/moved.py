@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from tare.core.int8_weight import Int8Weight
@@ -63,6 +64,7 @@ class Memory:
     """A way to evaluate a loss at a point near theta."""
 
     name: str = ""
+    devices: frozenset[torch.device] = frozenset()  # where it has the model computed, beside the leaves' own
     drifts: bool = False  # whether weights may differ after a step by more than its update: then no log can repeat it
 
     @contextmanager
@@ -75,6 +77,10 @@ class Memory:
         """The loss at theta + point. run: evaluates it where the model stands; may be called again, and then finds the same randomness."""
         with self.at(leaves, point):
             return run()
+
+    def evaluate_all(self, leaves: list[Moved], points: list[Point], run: Callable[[], Loss]) -> list[Loss]:
+        """`evaluate` for several points, for plans that have something to gain from knowing them all."""
+        return [self.evaluate(leaves, point, run) for point in points]
 
     def restore(self, leaves: list[Moved]) -> None:
         """Back to theta at the end of a step, exactly or as well as the plan can."""

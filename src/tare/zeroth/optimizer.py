@@ -268,6 +268,9 @@ class ForwardOptimizer(Evaluating, Optimizer):
     def _gradient(self, p: Tensor) -> Tensor:
         return self._pending
 
+    def flush(self) -> None:
+        """Take what steps are still owed to weights, where a method puts them off (`zo2`); nothing elsewhere."""
+
     # -- what is asked often -----------------------------------------------------------------------------------------
 
     @property
@@ -306,7 +309,8 @@ class ForwardOptimizer(Evaluating, Optimizer):
         lines.append(f"probe: {self.probe.describe()}: {self.probe.evaluations:g} evaluations a step")
         lines += self.memory.describe()
         if self.exchange is not None:
-            lines.append(f"points are shared: {type(self.exchange).__name__.lower()}")
+            described = getattr(self.exchange, "describe", type(self.exchange).__name__.lower)
+            lines.append(f"exchange: {described()}")
         if any(entry.leaf.dtype.itemsize == 2 for entry in self._entries.values()) and self.storage.weight == "plain":
             lines.append(
                 f"16-bit weights rounded to nearest: {self.lost:.1%} of the updates of single weights were too small so far"

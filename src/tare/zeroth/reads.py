@@ -12,6 +12,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+from tare.core.int8_weight import LISTENERS
+
 # What hands out the memory itself, past the dispatcher: Triton's launcher, NumPy, DLPack.
 _ADDRESSES = {
     Tensor.data_ptr, Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__,
@@ -20,7 +22,7 @@ _ADDRESSES = {
 
 
 class Reads:
-    """Context that notes every operation, and every address taken, of watched tensors or of views of them.
+    """Context that notes every operation, every address taken and every decoding of watched tensors or of views of them.
 
     While it is on, compiled functions run uncompiled: nothing escapes it but extensions that take tensors past the dispatcher without
     asking Python for their address. A few microseconds an operation.
@@ -36,6 +38,14 @@ class Reads:
         for part in _parts(tensor):
             self._owners[_storage(part)].append(tensor)
 
+    def moved(self, tensor: Tensor) -> None:
+        """A tensor has got other memory, whose former owner is gone: it is watched there, if it is watched at all."""
+        watched = any(tensor is one for owners in self._owners.values() for one in owners)
+        for part in _parts(tensor):
+            self._owners.pop(_storage(part), None)
+        if watched:
+            self.watch(tensor)
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Nothing is noted inside."""
@@ -49,6 +59,8 @@ class Reads:
         with ExitStack() as stack:
             if "torch._dynamo" in sys.modules:  # else it would give up for good on what it meets under a mode
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
+            LISTENERS.append(self.note)
+            stack.callback(LISTENERS.remove, self.note)
             stack.enter_context(_Functions(self))
             stack.enter_context(_Operations(self))
             self._stack = stack.pop_all()

@@ -111,6 +111,20 @@ class Swap:
             site, value = self._before.pop()
             site.put(value)
 
+    def suspend(self) -> tuple[int, list[tuple[Site, Any, Any]]]:
+        """As if it had left, for the time in which another run of the model goes on; what `resume` wants."""
+        held = self.depth, [(site, value, site.get()) for site, value in self._before]
+        self.leave()
+        self.depth = 0
+        return held
+
+    def resume(self, held: tuple[int, list[tuple[Site, Any, Any]]]) -> None:
+        """As it stood when it was suspended."""
+        self.depth, copies = held
+        for site, value, copy in copies:
+            self._before.append((site, value))
+            site.put(copy)
+
     def close(self) -> None:
         self.closed = True
         self.leave()
