@@ -11,7 +11,7 @@ from train_runs import config, fingerprint, finish
 
 from tare.core.errors import InputError
 from tare.plan.activations import causal_loss
-from tare.train import checkpoint, metrics, session, step
+from tare.train import checkpoint, metrics, session
 from tare.train.loop import Result, train
 
 CLIP = 0.25  # the norms are 0.5 and more: every step is clipped

@@ -182,10 +182,15 @@ def test_f1_against_the_definition() -> None:
 
 def refused(tmp_path: Path, said: str, /, **changes: Any) -> None:
     data = changes.pop("data", None) or table(tmp_path / "t.jsonl", 20)
-    with pytest.raises(InputError) as caught:
-        config = job(tmp_path / "r", changes.pop("model", None) or llama(tmp_path / "m"), data, **changes)
+    model = changes.pop("model", None) or llama(tmp_path / "m")
+
+    def attempt() -> None:
+        config = job(tmp_path / "r", model, data, **changes)
         check_task(config)
         open_task(config)
+
+    with pytest.raises(InputError) as caught:
+        attempt()
     assert said in str(caught.value), caught.value
     assert "\n" not in str(caught.value)
 
@@ -236,7 +241,7 @@ def test_bad_templates_and_words_are_refused_in_one_line(tmp_path: Path) -> None
         ("sst2 has no label '2'", {"words": {"2": "x"}}),
         ("no word for 1", {"words": {"0": "x"}}),
         ("'great' stands for two labels", {"words": {"0": "great", "1": "great"}, "model": causal}),
-        ("'great film' and 'great' begin with the same token", {"words": {"0": "great", "1": "great film"}, "model": causal}),
+        ("'great film' and 'great' begin with the same tokens", {"words": {"0": "great", "1": "great film"}, "model": causal}),
         ("'great film' is 2 tokens", {"words": {"0": "bad", "1": "great film"}, "model": masked}),
         ("'wonderful' is unknown to this tokenizer", {"words": {"0": "bad", "1": "wonderful"}, "model": masked}),
         ("choice needs a causal model", {

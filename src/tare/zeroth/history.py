@@ -44,7 +44,7 @@ def still_directions(places: Tensor, nu: float, standardize: bool = True) -> Ten
     s, vh = s[:most], vh[:most]
     variance = s.square()
     total = float(variance.sum())
-    if not total > 0.0:
+    if not total > 0.0 or not nu:
         return vh[:0]
     spanned = int((s > s[0] * torch.finfo(x.dtype).eps * max(x.shape)).sum())  # the rest is rounding
     explained = variance.cumsum(0) / total
@@ -98,16 +98,16 @@ class Moving(Transform):
     def recalls(self) -> int | None:  # type: ignore[override]
         return self.rule.recalls
 
-    def most(self, leaf: Leaf) -> int:
-        """Directions that may be taken out."""
-        return max(0, min(self.tau - 1, leaf.numel) - 1)
+    def most_of(self, numel: int) -> int:
+        """Directions that may be taken out of so many."""
+        return max(0, min(self.tau - 1, numel) - 1)
 
     def spec(self, leaf: Leaf) -> dict[str, StateSpec]:
         dtype = leaf.compute_dtype
         return {
             **self.rule.spec(leaf),
             PLACES: StateSpec((self.tau, leaf.numel), "exact", dtype=dtype),
-            STILL: StateSpec((self.most(leaf), leaf.numel), "exact", dtype=dtype),
+            STILL: StateSpec((self.most_of(leaf.numel), leaf.numel), "exact", dtype=dtype),
             REMOVED: StateSpec((), "count"),
         }
 

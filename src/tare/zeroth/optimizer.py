@@ -238,7 +238,7 @@ class ForwardOptimizer(Evaluating, Optimizer):
         group = {**entry.group, "lr": float(entry.group["lr"]) * record.factor}
         if not leaf.directed.decays:
             group["weight_decay"] = 0.0
-        gradient = Assembly(leaf, record.terms, self._lost)
+        gradient = self._assembled(leaf, record)
         constant = entry.transform.proportional
         if not law.fuses or gradient.lost is not None or (entry.decay == "l2" and group["weight_decay"]):
             constant = None  # the gradient itself is wanted
@@ -255,6 +255,10 @@ class ForwardOptimizer(Evaluating, Optimizer):
         else:
             update_leaf(entry.transform, work)
         gradient.done()
+
+    def _assembled(self, leaf: Moved, record: Record) -> Assembly:
+        """The gradient of a leaf at a step."""
+        return Assembly(leaf, record.terms, self._lost)
 
     @contextmanager
     def _holding(self, gradient: Tensor) -> Iterator[None]:

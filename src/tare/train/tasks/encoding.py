@@ -96,7 +96,7 @@ class Encoder:
                     what = "gives no tokens" if len(way) == shared else f"is longer than data.seq = {self.seq} tokens"
                     raise InputError(f"data: {place}: the answer {word!r} {what}")
             if words and not self._told:
-                self._apart(dict(zip(words, (way[shared] for way in ways), strict=True)))
+                self._apart(dict(zip(words, (way[shared:] for way in ways), strict=True)))
             yield self._scored(ways, shared, right)
 
     def _scored(self, ways: list[list[int]], shared: int, gold: int) -> Example:
@@ -141,18 +141,23 @@ class Encoder:
                 raise InputError(
                     f"task.words: {word!r} is {what} this tokenizer, and a mask holds one; choose another word"
                 )
-        self._apart({word: ids[0] for word, ids in zip(words, found, strict=True)})
+        self._apart(dict(zip(words, found, strict=True)))
         return [ids[0] for ids in found]
 
-    def _apart(self, first: dict[str, int]) -> None:
-        """Raise InputError for two words that begin with the same token."""
+    def _apart(self, tokens: dict[str, list[int]]) -> None:
+        """Raise InputError for two words of which one's tokens begin with all of the other's."""
         self._told = True
         words = [label.word for label in self.template.labels]
         for number, word in enumerate(words):
-            other = next((w for w in words[:number] if w == word or first[w] == first[word]), None)
-            if other is not None:
-                what = "stands for two labels" if other == word else f"and {other!r} begin with the same token"
-                raise InputError(f"task.words: {word!r} {what}, so scores cannot tell them apart; choose another word")
+            for other in words[:number]:
+                if other == word:
+                    raise InputError(f"task.words: {word!r} stands for two labels; choose another word for one of them")
+                one, two = tokens[word], tokens[other]
+                if one[: len(two)] == two or two[: len(one)] == one:
+                    raise InputError(
+                        f"task.words: {word!r} and {other!r} begin with the same tokens, so scores cannot tell them apart; choose words "
+                        "of which none begins like another"
+                    )
 
     def _classifier(self, table: Table, gold: list[int]) -> Iterator[Example]:
         texts = [self.template.fill(row).parts for row in table.rows]
