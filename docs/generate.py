@@ -31,7 +31,6 @@ def rows(mapping: dict[str, str], head: str) -> str:
 
 
 def page(card: Card) -> str:
-    cls = registry.method_class(card.key)
     arguments = []
     for name, parameter in registry.options(card.key).items():
         shown = parameter.default if not inspect.isfunction(parameter.default) else "..."
@@ -42,9 +41,7 @@ def page(card: Card) -> str:
         f"# {card.key}\n",
         f"**{card.title}**{source(card)}\n",
         card.idea + "\n",
-        f"```python\nimport tare\n\nopt = tare.{cls.__name__}(model, lr=1e-2)\n"
-        f'opt = tare.create("{card.key}", model, lr=1e-2)\n```\n',
-        f"```\ntare train --model llama-9m --data stdlib --method {card.key}\n```\n",
+        *usage(card),
         f"State of an m x n matrix: `{card.state}` bytes. Release in backward: {card.release}.\n",
         "## Choices\n\n" + rows(card.axes, "axis") + "\n",
         "## Arguments\n\n| argument | default | whose |\n|---|---|---|\n" + "\n".join(arguments) + "\n",
@@ -54,6 +51,22 @@ def page(card: Card) -> str:
         "## What was checked\n\n" + checked(card) + "\n",
     ]
     return "\n".join(parts)
+
+
+def usage(card: Card) -> list[str]:
+    """In a loop of one's own, and as a command."""
+    name, key = registry.method_class(card.key).__name__, card.key
+    if card.kind == "gradient":
+        return [
+            f'```python\nimport tare\n\nopt = tare.{name}(model, lr=1e-2)\nopt = tare.create("{key}", model, lr=1e-2)\n```\n',
+            f"```\ntare train --model llama-9m --data stdlib --method {key}\n```\n",
+        ]
+    lr = inspect.signature(registry.method_class(key).__init__).parameters["lr"].default
+    return [
+        f'```python\nimport tare\n\nopt = tare.{name}(model, lr={lr:g})  # or tare.create("{key}", model, lr={lr:g})\n'
+        "loss = opt.step(lambda: loss_of(model, batch))  # no backward\n```\n",
+        "How these methods run a model: [training without backpropagation](../zeroth.md); by command: [fine-tuning](../finetuning.md).\n",
+    ]
 
 
 def source(card: Card) -> str:
@@ -72,12 +85,17 @@ TRACES = {
     "fira": ("fira",), "frugal": ("frugal",), "galore": ("galore_adamw", "galore_plain"),
     "galore-adafactor": ("galore_adafactor",), "gradnorm-lorp": ("gradnormlorp",), "lion": ("lion", "bnb_lion8bit"),
     "muon": ("muon", "control_torch_muon"), "online-subspace": ("osd",), "q-galore": ("qgalore",), "scion": ("scion",),
-    "sinkgd": ("sinkgd",), "swan": ("swan",),
+    "sinkgd": ("sinkgd",), "swan": ("swan",), "mezo": ("mezo_", "zollm_"), "sparse-mezo": ("sparse_mezo_",), "qzo": ("qzo_",),
+    "zo2": ("zo2_",), "eggroll": ("eggroll_", "egg_int8_"), "consensus": ("cbo_", "hopping_"), "zo-rank": ("ranksgd_",),
+    "deepzero": ("deepzero_",), "zo-sah": ("zosah_",), "zo-frank-wolfe": ("zofw_",), "fzoos": ("fzoos_",), "zo-ae-ds": ("zoaeds_",),
+    "subspace-zo": ("zoodip_",),
 }  # fmt: skip
-GENERIC = (
-    "Besides, as of every method: exact state bytes, bit-exact resume, release in backward or its refusal, odd shapes, faulty "
-    "gradients, learning."
-)
+GENERIC = {
+    "gradient": "Besides, as of every method: exact state bytes, bit-exact resume, release in backward or its refusal, odd shapes, faulty "
+    "gradients, learning.",
+    "forward": "Besides, as of every method without backpropagation: exact state bytes, bit-exact resume, replay of a log of seeds, losses "
+    "that are not finite, closures that raise, random numbers alike at every evaluation, 16-bit weights, learning",
+}
 
 
 @functools.cache
@@ -89,7 +107,7 @@ def tests(kind: str) -> str:
 def traces(key: str) -> list[dict[str, str]]:
     """What each trace of a method says of itself."""
     found = []
-    for path in sorted((ROOT / "tests" / "golden").glob("*.safetensors")):
+    for path in sorted((ROOT / "tests" / "golden").rglob("*.safetensors")):
         if path.stem.startswith(TRACES.get(key, ("?",))):
             with safe_open(path, "pt") as file:
                 found.append(json.loads(file.metadata()["case"]))
@@ -104,19 +122,23 @@ def checked(card: Card) -> str:
     if code:
         entries = ", ".join(f"`{entry}`" for entry in dict.fromkeys(case["entry"] for case in code))
         said.append(
-            f"Equal to {len(code)} traces recorded from published code ({entries}), each within the tolerance that its file "
-            "states (tests/golden)."
+            f"Equal to {len(code)} trace{'s' * (len(code) > 1)} recorded from published code ({entries}), each within the tolerance that "
+            "its file states (tests/golden)."
         )
     if len(recorded) > len(code):
-        said.append(
-            f"Equal to {len(recorded) - len(code)} traces computed in float64 from the paper's equations; it has no published code."
-        )
+        count = len(recorded) - len(code)
+        none = "" if code else "; it has no published code"
+        said.append(f"Equal to {count} trace{'s' * (count > 1)} computed in float64 from the paper's equations{none}.")
     if not recorded:
         said.append("No trace of published code.")
     words = (f'"{card.key}"', f"{registry.method_class(card.key).__name__}(", card.key.replace("-", "_") + "_")
     if any(word in tests(kind) for word in words for kind in ("twins", "adamw_4bit")):
         said.append("Stepped against a slow float64 twin written from the equations (tests/reference).")
-    return " ".join((*said, GENERIC))
+    spared = [f"`{name}` ({reason})" for name, reason in card.trial.exempt.items()] if card.kind == "forward" else []
+    generic = GENERIC[card.kind] + (
+        f". Not checked: {'; '.join(spared)}." if spared else "." if card.kind == "forward" else ""
+    )
+    return " ".join((*said, generic))
 
 
 def index(cards: list[Card]) -> str:

@@ -28,6 +28,7 @@ _NAMES = {
     "DiffGrad": ("tare.methods.diffgrad", "DiffGrad"),
     "DoesNotFit": ("tare.core.errors", "DoesNotFit"),
     "Eggroll": ("tare.methods.eggroll", "Eggroll"),
+    "FZooS": ("tare.methods.fzoos", "FZooS"),
     "Fira": ("tare.methods.fira", "Fira"),
     "Frugal": ("tare.methods.frugal", "Frugal"),
     "GaLore": ("tare.methods.galore", "GaLore"),

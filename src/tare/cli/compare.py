@@ -4,6 +4,7 @@ Each method runs in its own folder below the output folder; report.html there sh
 """
 
 import argparse
+import os
 from pathlib import Path
 
 from tare.cli import flags
@@ -22,6 +23,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     config = resolve(args, saved="compare.yaml")
+    if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ:
+        raise InputError(
+            "compare: runs in one process; start it without torchrun (tare train can be shared by workers)"
+        )
     if any(given.path == "method.key" for given in args.settings):
         raise InputError("--method.key: a comparison takes --methods KEY,KEY,...")
     from tare.cli.watch import watching

@@ -53,7 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as stop:  # argparse after --help
         return stop.code if isinstance(stop.code, int) else DONE
     except InputError as error:
-        return _fail(str(error), TOO_LARGE if isinstance(error, DoesNotFit) else WRONG_INPUT, debug)
+        code = TOO_LARGE if isinstance(error, DoesNotFit) else WRONG_INPUT
+        return code if _said_by_the_first(error) else _fail(str(error), code, debug)
     except KeyboardInterrupt as stop:
         return _fail(str(stop) or "interrupted", INTERRUPTED, debug)
     except BrokenPipeError:  # e.g. `tare methods | head -1`: whoever read has seen enough
@@ -82,6 +83,12 @@ def _dispatch(argv: list[str]) -> int:
     parser = Parser(name, (module.__doc__ or "").partition("\n")[0])
     module.configure(parser)
     return int(module.run(parser.read(argv[1:])))
+
+
+def _said_by_the_first(error: Exception) -> bool:
+    """Whether this is one of several workers (torchrun), all given the same wrong words; `train` marks the faults of single ones."""
+    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    return rank != "0" and size != "1" and not getattr(error, "of_worker", False)
 
 
 def _fail(message: str, code: int, debug: bool) -> int:

@@ -25,11 +25,18 @@ def run(args: argparse.Namespace) -> int:
     from tare.train.loop import train
     from tare.train.progress import scores_line
     from tare.train.seedlog import NAME
+    from tare.train.workers import Elsewhere, join
 
-    with only_json(args.json):
-        check_method(config)
-        with watching(config) as watch:
-            result = train(config, on_event=watch)
+    with only_json(args.json), join(config) as crew:
+        try:
+            with crew.together():
+                check_method(config)
+            with watching(config) as watch:
+                result = train(config, on_event=watch)
+        except Elsewhere:  # who tells of it has another exit code
+            return 1
+    if not crew.first:
+        return 130 if result.interrupted else 0
     if result.interrupted:
         raise KeyboardInterrupt(
             f"interrupted at step {result.steps}, saved; go on with: tare train --resume --out {result.out}"
@@ -38,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
     report = write_report(row, result.config)
     if args.json:
         task = {"scores": result.scores, "zero_shot": result.zero_shot, "forwards": result.forwards}
+        if result.workers > 1:
+            task |= {"workers": result.workers, "sent": result.sent}
         emit({**row.to_json(), **task, "model": str(result.out / "model"), "config": asdict(result.config)})
         return 0
     out = console()
@@ -51,6 +60,11 @@ def run(args: argparse.Namespace) -> int:
     if result.forwards:
         out.print(f"passes: {result.forwards:,} forward, {result.skipped:,} steps skipped", soft_wrap=True)
         out.print(f"seeds:  {result.out / NAME}", soft_wrap=True)
+    if result.workers > 1:
+        each = result.sent / max(1, result.steps)
+        out.print(
+            f"sent:   {result.sent:,} bytes by each of {result.workers} workers, {each:.0f} a step", soft_wrap=True
+        )
     out.print(f"model:  {result.out / 'model'}", soft_wrap=True)
     out.print(f"report: {report}", soft_wrap=True)
     return 0

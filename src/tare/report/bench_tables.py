@@ -253,6 +253,13 @@ def _comparison(result: Result, what: str, notes: bool) -> str:
     return bench_quality_tables.markdown(result, what, notes)
 
 
+def _forward(what: str, result: Result) -> str:
+    from tare.report import forward_tables
+
+    made: str = getattr(forward_tables, what)(result)
+    return made
+
+
 # What stands behind `<!-- table: FILE -->` or `<!-- table: FILE/VIEW -->`: the file's own name is its default view.
 VIEWS: dict[str, Callable[[Result], str]] = {
     "step-llama-60m": lambda result: f"{rendered(steps(result))}\n\n{_said(result)}",
@@ -265,6 +272,9 @@ VIEWS: dict[str, Callable[[Result], str]] = {
     "refreshes": lambda result: rendered(refreshes(result)),
     "quality": lambda result: _comparison(result, "quality", notes=True),
     "lr": lambda result: _comparison(result, "lr", notes=False),
+    "finetune": lambda result: _forward("finetune", result),
+    "population": lambda result: _forward("population", result),
+    "deepzero": lambda result: _forward("deepzero", result),
     "staggered": lambda result: rendered(staggered(result)),
     "notes": _said,
 }

@@ -107,6 +107,9 @@ class TrainConfig(Section):
     )
     precision: Precision = setting("fp32", "bf16 holds the weights in bf16 too")  # noqa: RUF009
     max_bad_steps: int = setting(10, "non-finite steps in a row before the run stops", low=1)
+    workers: Literal["points", "data"] | None = setting(
+        None, "under torchrun: share out the points of a step or the batch of a step; none = points"
+    )
 
     def check_together(self) -> None:
         if self.warmup >= 1 and not self.warmup.is_integer():

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from tare.train import checkpoint, integrity, metrics, progress, run, session
+from tare.kernels import gemm
+from tare.train import checkpoint, integrity, metrics, progress, run, session, workers
 from tare.train.config import RunConfig
 from tare.train.progress import OnEvent, ignore
 from tare.train.trainer import Counters, Trainer, begin
+from tare.train.workers import Crew
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,8 @@ class Result:
 
     `interrupted`: stopped by a signal before its end, saved, and ready to be resumed. `history`: the lines of `metrics.jsonl`.
     `scores`: accuracy and f1 of a task at the last evaluation; `zero_shot`: before the first step. `forwards`: forward passes of a
-    method without gradients, evaluations apart.
+    method without gradients, evaluations apart. `workers`: processes that shared the steps; of these `forwards` and `sent`, bytes sent,
+    are those of the first.
     """
 
     out: Path
@@ -41,6 +44,8 @@ class Result:
     scores: dict[str, float] = field(default_factory=dict)
     zero_shot: dict[str, float] = field(default_factory=dict)
     forwards: int = 0
+    workers: int = 1
+    sent: int = 0
 
     @property
     def predicted_peak(self) -> int | None:
@@ -54,44 +59,81 @@ class Result:
 def train(config: RunConfig, *, on_event: OnEvent = ignore) -> Result:
     """Train a language model as configured, in its run folder; resume it if `config.run.resume`.
 
+    Started by torchrun, all processes take the same steps together, see `train.workers`; the first writes the folder.
+
     Args:
         config: the job. What it leaves open (method `auto`, presets, threads) is decided and saved with the run.
-        on_event: is told what happens, see `train.progress`.
+        on_event: is told what happens, see `train.progress`; in the first process.
 
     Raises:
         InputError: bad settings, data, model or output folder; nothing is left in the output folder.
         DoesNotFit: the plan says that the budget does not suffice.
         CheckpointError: nothing to resume, damaged or foreign checkpoints, or no space to save.
         Diverged: too many steps in a row were not finite.
+        Elsewhere: another worker raises what is wrong.
     """
-    folder = run.RunFolder(config.run.out, config.run.resume)
+    with workers.join(config) as crew:
+        return _train(config, crew, on_event if crew.first else ignore)
+
+
+def _train(config: RunConfig, crew: Crew, on_event: OnEvent) -> Result:
+    folder: run.RunFolder | None = None
+    snapshot, warnings, task = None, list[str](), None
+    predicted: dict[str, int] = {}
+    working = lambda text: on_event(progress.Working(text))  # noqa: E731
     try:
-        snapshot = checkpoint.load_latest(folder.checkpoints) if config.run.resume else None
-        saved = snapshot.trainer["config"] if snapshot else {}
-        config = session.resolve(run.inherit(saved, config))
-        warnings = [*(snapshot.skipped if snapshot else ()), *run.changes(saved, config)]
-        if config.run.tensorboard:
-            metrics.writer_class()
+        with crew.together():
+            folder = run.RunFolder(config.run.out, config.run.resume, own=crew.first)
+            if crew.first:
+                snapshot = checkpoint.load_latest(folder.checkpoints) if config.run.resume else None
+                config, warnings = _settled(config, snapshot, crew)
+        config = crew.share(lambda: config)
         with session.threads(config.run.threads or 1):
-            working = lambda text: on_event(progress.Working(text))  # noqa: E731
-            task = session.open_task(config, working)
-            predicted = session.check_budget(config, task)
-            job = session.build(config, predicted, working, task)
-            counters = Counters()
-            if snapshot is not None:
-                warnings += session.restore(job, snapshot)
-                counters = _counters(snapshot.trainer["counters"])
-            _require_space(job, folder)
+            with crew.together():
+                if crew.first:
+                    task = session.open_task(config, working)
+                    predicted = session.check_budget(workers.local(config, crew), task)
+            place, fast = crew.share(lambda: ((snapshot.folder, snapshot.step) if snapshot else None, gemm.decided()))
+            gemm.pin(fast)
+            with crew.together():
+                if place is not None and not crew.first:
+                    snapshot = checkpoint.load(*place)
+                job = session.build(config, predicted, working, task, crew)
+                counters = Counters()
+                if snapshot is not None:
+                    warnings += session.restore(job, snapshot)
+                    counters = _counters(snapshot.trainer["counters"])
+                if crew.first:
+                    _require_space(job, folder)
             resumed = snapshot.folder if snapshot else None
-            del snapshot  # what it held has been copied
-            begin(job, folder, counters, resumed, warnings, on_event)
-            done = Trainer(job, folder, counters, on_event).run()
+            snapshot = None  # what it held has been copied
+            with crew.together():
+                if crew.first:
+                    begin(job, folder, counters, resumed, warnings, on_event)
+                done = Trainer(job, folder, counters, on_event).run()
             return _result(job, folder, counters, interrupted=not done)
     except BaseException:
-        folder.abandon()
+        if folder is not None:
+            folder.abandon()
         raise
     finally:
-        folder.close()
+        if folder is not None:
+            folder.close()
+
+
+def _settled(config: RunConfig, snapshot: checkpoint.Snapshot | None, crew: Crew) -> tuple[RunConfig, list[str]]:
+    """The configuration with nothing left open, and what there is to warn of."""
+    saved = snapshot.trainer["config"] if snapshot else {}
+    config = workers.enlist(session.resolve(run.inherit(saved, config)), crew)
+    warnings = [*(snapshot.skipped if snapshot else ()), *run.changes(saved, config)]
+    was = snapshot.trainer.get("workers", 1) if snapshot else crew.size
+    if was != crew.size and config.train.workers == "data":
+        warnings.append(f"the run had {was} workers and has {crew.size}: means over the data are rounded differently")
+    if crew.size == 1 and config.train.workers is not None and not snapshot:
+        warnings.append("train.workers: there is one process only; start several with torchrun --nproc-per-node N")
+    if config.run.tensorboard:
+        metrics.writer_class()
+    return config, warnings
 
 
 def _counters(saved: dict[str, Any]) -> Counters:
@@ -114,5 +156,5 @@ def _result(job: session.Session, folder: run.RunFolder, now: Counters, interrup
         tokens_per_second=now.tokens_per_second, state_bytes=int(job.optimizer.state_bytes()),
         predicted=job.predicted, measured=now.measured, seconds=now.seconds, skipped=now.skipped,
         interrupted=interrupted, config=job.config, history=metrics.read(folder.metrics),
-        scores=now.scores, zero_shot=now.zero_shot, forwards=now.forwards,
+        scores=now.scores, zero_shot=now.zero_shot, forwards=now.forwards, workers=job.crew.size, sent=now.sent,
     )  # fmt: skip

@@ -51,6 +51,20 @@ class Metrics:
             self._writer.close()
 
 
+class Silent:
+    """The log of a worker that is not the first: none."""
+
+    def write(self, event: str, step: int, **values: Any) -> dict[str, Any]:
+        """Nothing is written."""
+        return {}
+
+    def sync(self) -> None:
+        """Nothing to do."""
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     """The lines of a log. A torn last line, left by a kill, is no line; a broken one elsewhere is skipped too."""
     lines = []

@@ -35,21 +35,21 @@ CHANGES: dict[str, Change] = {
     **dict.fromkeys(("data.eval_tokens", "method.lr", "method.weight_decay", "method.release", "run.device"), "warn"),
     **dict.fromkeys(("run.threads", "train.steps", "train.batch", "train.accumulate", "train.schedule"), "warn"),
     **dict.fromkeys(("train.warmup", "train.final_lr_ratio", "train.clip", "train.clip_mode"), "warn"),
-    **dict.fromkeys(("train.refresh_from", "train.refresh_parts"), "warn"),
+    **dict.fromkeys(("train.refresh_from", "train.refresh_parts", "train.workers"), "warn"),
     **dict.fromkeys(("model.name", "model.tokenizer", "data.source", "data.eval_source", "data.text_column"), "refuse"),
     **dict.fromkeys(("data.seq", "data.eval_fraction", "method.key", "method.rank", "method.options"), "refuse"),
     **dict.fromkeys(("method.storage", "train.precision", "run.seed", "model.kind", "task.name"), "refuse"),
     **dict.fromkeys(("task.template", "task.words", "task.label_column", "task.shots"), "refuse"),
     **dict.fromkeys(("task.objective", "task.eval_examples"), "warn"),
 }
-_INHERITED = ("method.lr", "method.rank", "method.weight_decay", "run.threads")  # None = as it was
+_INHERITED = ("method.lr", "method.rank", "method.weight_decay", "run.threads", "train.workers")  # None = as it was
 
 
 class RunFolder:
     """The open folder of one run, locked against a second process until `close`."""
 
-    def __init__(self, out: str | Path, resume: bool = False) -> None:
-        """Take the folder.
+    def __init__(self, out: str | Path, resume: bool = False, own: bool = True) -> None:
+        """Take the folder. own: False where another process has taken it and writes; this one then only reads.
 
         Raises:
             InputError: it is a file, cannot be written, holds something while `resume` is off, or another run works in it.
@@ -59,6 +59,10 @@ class RunFolder:
         self.config, self.metrics = self.path / "config.yaml", self.path / "metrics.jsonl"
         self.checkpoints, self.model = self.path / "checkpoints", self.path / "model"
         self._created: list[Path] = []
+        self._lock: int | None = None
+        self.own = own
+        if not own:
+            return
         self._check(out, resume)
         try:
             for parent in reversed([self.path, *self.path.parents]):
@@ -73,6 +77,8 @@ class RunFolder:
 
     def close(self) -> None:
         """Give the folder free for other processes."""
+        if not self.own:
+            return
         with contextlib.suppress(OSError):
             (self.path / "run.lock").unlink(missing_ok=True)
         if self._lock is not None:

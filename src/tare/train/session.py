@@ -26,6 +26,7 @@ from tare.train.checkpoint import Snapshot, restore_weights
 from tare.train.config import RunConfig
 from tare.train.schedule import Schedule
 from tare.train.seeds import restore_arithmetic, restore_random_state, seed_everything
+from tare.train.workers import Crew, attach
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,6 +52,7 @@ class Session:
     peaks: list[float]
     predicted: dict[str, int] = field(default_factory=dict)
     task: "TaskData | None" = None  # the same again, where it is not text
+    crew: Crew = field(default_factory=Crew)
 
     @property
     def forward_only(self) -> bool:
@@ -76,15 +78,17 @@ def open_task(config: RunConfig, progress: Callable[[str], None] | None = None) 
 
 
 def build(
-    config: RunConfig, predicted: dict[str, int], progress: Callable[[str], None] | None = None, task: "TaskData | None" = None
+    config: RunConfig, predicted: dict[str, int], progress: Callable[[str], None] | None = None, task: "TaskData | None" = None,
+    crew: Crew | None = None,
 ) -> Session:  # fmt: skip
-    """Everything that a resolved configuration names. task: if it has been opened already.
+    """Everything that a resolved configuration names. task: if it has been opened already. crew: the workers that share its steps.
 
     Raises `InputError` for what is wrong with it, all before step 1.
     """
     from tare.train.data import open_corpus
 
-    device = device_of(config.run.device)
+    crew = crew or Crew()
+    device = device_of(crew.device(config.run.device))
     task = task or open_task(config, progress)
     kind, labels = ("causal", None) if task is None else (task.kind, task.outputs)
     model = build_model(
@@ -99,6 +103,7 @@ def build(
     # Dropout would add noise to the differences that forward-only methods live on.
     model.train(registry.card(config.method.key).kind == "gradient")
     optimizer = build_optimizer(config, model)
+    attach(crew, config, optimizer)
     corpus: Any = task
     order: Any = task
     if task is None:
@@ -107,7 +112,8 @@ def build(
     gemm.decided()  # settled now, not inside the first step, whose memory and time are measured
     peaks = [float(group["lr"]) for group in optimizer.param_groups]
     seed_everything(config.run.seed)
-    return Session(config, device, model, corpus, order, optimizer, Schedule.of(config.train), peaks, predicted, task)
+    schedule = Schedule.of(config.train)
+    return Session(config, device, model, corpus, order, optimizer, schedule, peaks, predicted, task, crew)
 
 
 def resolve(config: RunConfig) -> RunConfig:

@@ -43,18 +43,23 @@ def take_step(job: Session, position: int) -> Outcome:
     train = job.config.train
     starts = range(position, position + train.accumulate * train.batch, train.batch)
     if isinstance(job.optimizer, ForwardOptimizer):
-        return _step_forward(job, job.optimizer, [job.order.batch(start, train.batch) for start in starts])
+        return _step_forward(job, job.optimizer, starts)
     seen: dict[int, int] = {}
     return replace(_step_back(job, [partial(_loss, job, start, seen) for start in starts]), tokens=sum(seen.values()))
 
 
-def _step_forward(job: Session, optimizer: ForwardOptimizer, batches: list[Any]) -> Outcome:
-    """A step on losses alone. Every evaluation in it sees the same batches; one that is not finite skips the step."""
-    train = job.config.train
-    held, forwards = [batch.to(job.device) for batch in batches], 0
+def _step_forward(job: Session, optimizer: ForwardOptimizer, starts: range) -> Outcome:
+    """A step on losses alone. Every evaluation in it sees the same batches; one that is not finite skips the step.
+
+    starts: where each micro-batch begins. Workers that share the data take their part of each.
+    """
+    train, crew = job.config.train, job.crew
+    each, forwards, held = train.batch // crew.parts, 0, list[Any]()
 
     def closure() -> Tensor:
         nonlocal forwards
+        if not held:  # in here, so that the other workers hear of it if it fails
+            held.extend(job.order.batch(start + crew.part * each, each).to(job.device) for start in starts)
         total = torch.zeros((), device=job.device)
         for batch in held:
             forwards += 1
@@ -62,11 +67,13 @@ def _step_forward(job: Session, optimizer: ForwardOptimizer, batches: list[Any])
                 total = total + job.objective(batch).float()
         return total / len(held)
 
-    tokens = sum(map(_tokens, batches))
     try:
-        loss = optimizer.step(closure)
+        loss, problem = optimizer.step(closure), ""
     except NotFinite as fault:
-        return Outcome(math.nan, None, problem=str(fault), tokens=tokens, forwards=forwards)
+        loss, problem = math.nan, str(fault)
+    tokens = crew.parts * sum(map(_tokens, held))
+    if problem:
+        return Outcome(loss, None, problem=problem, tokens=tokens, forwards=forwards)
     problem = "" if math.isfinite(loss) else "the loss of a probe is not finite"
     return Outcome(loss, None, problem=problem, tokens=tokens, forwards=forwards)
 

@@ -21,7 +21,7 @@ from tare.plan.measure import StepMeter
 from tare.plan.models import parameter_count
 from tare.train import checkpoint, progress, seedlog, session
 from tare.train.evaluate import evaluate
-from tare.train.metrics import Metrics
+from tare.train.metrics import Metrics, Silent
 from tare.train.run import RunFolder
 from tare.train.schedule import set_lr
 from tare.train.seedlog import RunLog
@@ -57,7 +57,8 @@ class Counters:
     measured: dict[str, int] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)  # of a task, at the last evaluation
     zero_shot: dict[str, float] = field(default_factory=dict)  # and before the first step
-    forwards: int = 0  # forward passes of a method without gradients
+    forwards: int = 0  # forward passes of a method without gradients, by this process
+    sent: int = 0  # bytes sent to other workers, by this process
 
     @property
     def tokens_per_second(self) -> float:
@@ -68,18 +69,20 @@ class Trainer:
     """Runs a session from where its counters stand to the end, or to a signal."""
 
     def __init__(self, job: Session, folder: RunFolder, counters: Counters, on_event: progress.OnEvent) -> None:
-        self.job, self.folder, self.now, self.tell = job, folder, counters, on_event
+        self.job, self.folder, self.now, self.tell, self.crew = job, folder, counters, on_event, job.crew
         self.config = job.config
         self.steps = job.config.train.steps
         self.saved = counters.step
+        self._sent = job.crew.bytes_sent  # up to the last step
         self.seeds: RunLog | None = None
-        self.log: Metrics
+        self.log: Metrics | Silent
 
     def run(self) -> bool:
         """Train; False if a signal stopped it before the end. Raises `Diverged`, `CheckpointError`."""
-        self.log = Metrics(self.folder.metrics, self.config.run.tensorboard, self.now.step)
-        optimizer, done = self.job.optimizer, False
-        if isinstance(optimizer, ForwardOptimizer):
+        first, optimizer, done = self.crew.first, self.job.optimizer, False
+        board = self.config.run.tensorboard
+        self.log = Metrics(self.folder.metrics, board, self.now.step) if first else Silent()
+        if isinstance(optimizer, ForwardOptimizer) and first:
             self.seeds = optimizer.on_step = RunLog(self.folder.path / seedlog.NAME, self._no_log)
         started, before = time.monotonic(), self.now.seconds
         try:
@@ -88,26 +91,32 @@ class Trainer:
                     self._evaluate()
                 while True:
                     self.now.seconds = before + time.monotonic() - started
-                    if (
-                        not signals.stop
-                        and self._due(self.config.run.eval_every)
-                        and self.now.evaluated != self.now.step
-                    ):
+                    stop = self.crew.agree(signals.stop)
+                    evaluating, saving = (
+                        self._due(every) for every in (self.config.run.eval_every, self.config.run.checkpoint_every)
+                    )
+                    if not stop and evaluating and self.now.evaluated != self.now.step:
                         self._evaluate()
-                    if (signals.stop or self._due(self.config.run.checkpoint_every)) and self.saved != self.now.step:
+                    if (stop or saving) and self.saved != self.now.step:
                         self._save()
-                    if signals.stop:
+                    if stop:
                         return False
                     if self.now.step >= self.steps:
-                        self.folder.write_model(lambda place: session.save_model(self.job, place))
-                        done = True
-                        self.tell(progress.Saved(self.now.step, self.folder.model))
+                        done = self._finish()
                         return True
+                    if evaluating or saving:
+                        self.crew.agree()  # the others wait here for the first, not in the middle of a step
                     self._step()
         finally:
             if self.seeds is not None:
                 self.seeds.close(seal=done)
             self.log.close()
+
+    def _finish(self) -> bool:
+        if self.crew.first:
+            self.folder.write_model(lambda place: session.save_model(self.job, place))
+            self.tell(progress.Saved(self.now.step, self.folder.model))
+        return True
 
     def _no_log(self, text: str) -> None:
         self.log.write("warning", self.now.step, text=text)
@@ -132,6 +141,8 @@ class Trainer:
         now.position += count
         now.tokens += outcome.tokens
         now.forwards += outcome.forwards
+        now.sent += self.crew.bytes_sent - self._sent
+        sent, self._sent = self.crew.bytes_sent - self._sent, self.crew.bytes_sent
         if not metered:
             now.timed_seconds += taken
             now.timed_tokens += outcome.tokens
@@ -142,6 +153,8 @@ class Trainer:
             return
         now.streak = 0
         passes = {"forwards": now.forwards} if self.seeds is not None else {}
+        if self.crew.size > 1:
+            passes["sent"] = sent
         self.log.write(
             "step", now.step, loss=outcome.loss, lr=lr, grad_norm=outcome.grad_norm, clip_factor=outcome.clip_factor,
             tokens=now.tokens, seconds=taken, **passes,
@@ -169,6 +182,8 @@ class Trainer:
             )
 
     def _evaluate(self) -> None:
+        if not self.crew.first:
+            return
         train, now, task = self.config.train, self.now, self.job.task
         if task is not None:
             found = task.evaluate(self.job.model, self.job.device, train.precision, train.batch)
@@ -185,6 +200,8 @@ class Trainer:
         self.tell(progress.Evaluated(now.step, result.loss, result.perplexity, result.tokens))
 
     def _save(self) -> None:
+        if not self.crew.first:
+            return
         now = self.now
         weights = checkpoint.weights_of(self.job.model)
         if bad := finite(weights):
@@ -198,7 +215,7 @@ class Trainer:
         config = asdict(self.config)
         facts = {
             "tare": __version__,
-            "world_size": 1,
+            "world_size": self.crew.size,
             "config_sha256": sha256(dumps(config, sort_keys=True).encode()).hexdigest(),
             "method": self.config.method.key,
             "eval_loss": now.eval_loss if now.evaluated == now.step else None,
@@ -209,6 +226,7 @@ class Trainer:
             "random": random_state(),
             "scheduler": {"step": now.step},
             "arithmetic": arithmetic(self.job.device),
+            "workers": self.crew.size,
             **session.identity(self.job),
         }
         state = self.job.optimizer.state_dict()
@@ -262,6 +280,8 @@ def begin(
         tell(progress.Note(text))
     if job.forward_only:
         tell(progress.Note("forward passes only: dropout off (eval mode), one batch for all probes of a step"))
+    if job.crew.size > 1:
+        tell(progress.Note(job.crew.note()))
     for text in warnings:
         log.write("warning", counters.step, text=text)
         tell(progress.Warned(text))

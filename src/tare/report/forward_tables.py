@@ -1,0 +1,98 @@
+"""Tables made from the JSON of the benchmarks of training without backpropagation: fine-tuning, populations, coordinates."""
+
+import statistics
+from typing import Any
+
+MIB = 2**20
+
+Result = dict[str, Any]
+Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
+
+
+def finetune(result: Result) -> str:
+    """Accuracy by method and number of examples, with what it took."""
+    from tare.report.bench_tables import rendered
+
+    shots = sorted({row["shots"] for row in result["rows"] if row["shots"]})
+    methods = list(dict.fromkeys(row["method"] for row in result["rows"]))
+    by = {(row["method"], row["shots"]): row for row in result["rows"]}
+    floor = next((row["peak"] for row in result["rows"] if row["method"] == "zero-shot"), None)
+    rows: list[tuple[str, ...]] = []
+    for method in methods:
+        found = [by.get((method, k)) or by.get((method, 0)) for k in shots]
+        one = next(row for row in found if row is not None)
+        peak = one.get("peak")
+        rows.append(
+            (
+                method,
+                *(f"{_spread(row['accuracy'])}" if row else "" for row in found),
+                ", ".join(f"{row['lr']:g}" for row in found if row and "lr" in row),
+                f"{one['forward_passes']:,}" if "forward_passes" in one else "",
+                f"{peak / MIB:.1f}" if peak else "",
+                f"{peak / floor:.2f}" if peak and floor else "",
+            )
+        )
+    header = ("method", *(f"{k} of each class" for k in shots), "lr", "forward passes", "peak MiB", "x inference")
+    setting, seeds = result["setting"], result["setting"]["seeds"]
+    notes = [
+        f"{result['model']} on {result['data']}: accuracy in % on {result['tested_on']} sentences nobody trained on, mean and standard "
+        f"deviation over {seeds} draws of the examples; {setting['steps']} steps of {setting['batch']} for every method, rates on a "
+        "grid of a factor of 4 by other examples.",
+        f"{_machine(result)}, torch {result['torch']}, commit {_short(result)}, {result['date'][:10]}; `python bench/finetune.py`.",
+    ]  # fmt: skip
+    return _with(rendered((header, rows)), notes)
+
+
+def population(result: Result) -> str:
+    """Shares of plain inference, and speedups over naive evolution strategies."""
+    from tare.report.bench_tables import rendered
+
+    rows: list[tuple[str, ...]] = []
+    for case in result["cases"]:
+        for row in case["results"]:
+            share = row["share"]
+            over = ", ".join(f"{ratio['median']:.1f} x {name}" for name, ratio in row["speedup_over"].items())
+            where = f"{case['width']}, {case['rows']}"
+            rows.append((where, row["name"], f"{share['median']:.1f}", f"{share['q1']:.1f} to {share['q3']:.1f}", over))
+    header = ("width, rows", "way", "of inference = 100", "25-75 %", "speedup")
+    note = (
+        f"{result['members']} members on {result['layers']} layers, {result['dtype']}, {_machine(result)}; `{result['command']}`, commit "
+        f"{_short(result)}, {result['date']}."
+    )
+    return _with(rendered((header, rows)), [note])
+
+
+def deepzero(result: Result) -> str:
+    """Ways to evaluate coordinates, and what was learned."""
+    from tare.report.bench_tables import rendered
+
+    whole = result["ways"][0]["median"]
+    rows: list[tuple[str, ...]] = [
+        (way["name"], f"{way['median']:.3f}", f"{whole / way['median']:.2f}", f"{way['loss_difference']:.1e}")
+        for way in result["ways"]
+    ]
+    settings, own, other = result["settings"], result["deepzero"], result["gradients"]
+    notes = [
+        f"{own['weights']:,} weights, {settings['steps']} steps of {settings['batch']} on {result['data']}: test accuracy "
+        f"{own['curve'][-1]['accuracy']:.1%} by deepzero with {own['evaluations']:,} forward passes (sparsity {settings['sparsity']:g}), "
+        f"{other['curve'][-1]['accuracy']:.1%} with gradients, the same net and schedule.",
+        f"{_machine({**result, **settings})}; `python bench/deepzero.py`, commit {_short(result)}, {result['date']}.",
+    ]  # fmt: skip
+    return _with(rendered((("evaluation", "s a step", "x whole", "losses differ by"), rows)), notes)
+
+
+def _spread(values: list[float]) -> str:
+    mean = 100 * statistics.fmean(values)
+    return f"{mean:.1f}" + (f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def _machine(result: Result) -> str:
+    return f"{result['threads']} threads of {result['device']['processor']}"
+
+
+def _short(result: Result) -> str:
+    return (result["commit"] or "unknown")[:12]
+
+
+def _with(table: str, notes: list[str]) -> str:
+    return table + "\n\n" + "\n".join(f"- {note}" for note in notes)
