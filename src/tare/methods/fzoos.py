@@ -29,7 +29,7 @@ CARD = Card(
         "lr": "1.0: of the server (code)", "local_lr": "0.01 (code)", "local_steps": "10 (code: 10 to 30)", "near": "50 (code)",
         "active": "5 of 100 candidates (code)", "reach": "0.01 (code)", "nearest": "150 (code)", "features_nearest": "500 (code)",
         "components": "10,000 (code)", "noise": "1e-6 (code)", "kernel": "matern-5/2 (code)", "capacity": "1000 (ours; code: all)",
-        "lengthscale": "None: the likeliest, at each local step (code)", "correction": "None: 1 / t (code)",
+        "lengthscale": "None: the likeliest, once a round (ours; code: at each local step)", "correction": "None: 1 / t (code)",
     },
     presets={"*": {"lr": 1.0}},
     limits=(
@@ -76,7 +76,7 @@ class FZooS(FederatedOptimizer):
         near: queries around x at the beginning of a round, of four times as many candidates.
         active: queries around x after each local step but the last, of twenty times as many candidates.
         reach: half the side of the cube of those; and of the first `near`, whose later ones follow from how far clients moved.
-        kernel: `matern-5/2` or `rbf`. lengthscale: None: fitted. noise: on the diagonal.
+        kernel: `matern-5/2` or `rbf`. lengthscale: None: the likeliest, found anew in each round. noise: on the diagonal.
         nearest, features_nearest: queries that surrogate and features are fitted to.
         components: random features. features_lengthscale: of their kernel.
         correction: a constant in place of 1 / t; 0: FedAvg with surrogate gradients.

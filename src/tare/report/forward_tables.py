@@ -1,4 +1,4 @@
-"""Tables made from the JSON of the benchmarks of training without backpropagation: fine-tuning, populations, coordinates."""
+"""Tables made from the JSON of the benchmarks of training without backpropagation: fine-tuning, populations, coordinates, streams."""
 
 import statistics
 from typing import Any
@@ -79,6 +79,29 @@ def deepzero(result: Result) -> str:
         f"{_machine({**result, **settings})}; `python bench/deepzero.py`, commit {_short(result)}, {result['date']}.",
     ]  # fmt: skip
     return _with(rendered((("evaluation", "s a step", "x whole", "losses differ by"), rows)), notes)
+
+
+def stream(result: Result) -> str:
+    """Streamed blocks beside the whole model on the device."""
+    from tare.report.bench_tables import rendered
+
+    rows: list[tuple[str, ...]] = [
+        (
+            row["name"],
+            f"{row['ratio']['median']:.2f}",
+            f"{row['ratio']['q1']:.2f} to {row['ratio']['q3']:.2f}",
+            f"{row['device_peak'] / MIB:.1f}",
+            f"{row['brought'] / MIB:.1f}",
+            f"{row['loss_difference']:.1e}",
+        )
+        for row in result["results"]
+    ]
+    header = ("form", "x mezo", "25-75 %", "weights on the device, MiB", "brought a step, MiB", "losses differ by")
+    note = (
+        f"{result['model']}, {result['weights'] / MIB:.1f} MiB of weights, {result['tokens']} tokens, {_machine(result)}; "
+        f"`{result['command']}`, commit {_short(result)}, {result['date']}."
+    )
+    return _with(rendered((header, rows)), [note])
 
 
 def _spread(values: list[float]) -> str:

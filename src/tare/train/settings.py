@@ -9,7 +9,7 @@ import unicodedata
 from dataclasses import Field, field, fields
 from functools import cache
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from tare.core.errors import InputError, nearest
 
@@ -31,7 +31,7 @@ def _kinds(section: type) -> dict[str, tuple[Any, bool]]:
     """The type of every field without `None`, and whether `None` is allowed."""
     kinds = {}
     for name, hint in get_type_hints(section).items():
-        members = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        members = get_args(hint) if isinstance(hint, UnionType) or get_origin(hint) is Union else (hint,)
         kinds[name] = (next(m for m in members if m is not type(None)), type(None) in members)
     return kinds
 

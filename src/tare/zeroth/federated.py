@@ -53,9 +53,10 @@ class Table:
     seed: int = 0
     client: int = 0
     fresh: list[int] = field(default_factory=list)  # queries of each client in this step
+    scales: dict[int, float] = field(default_factory=dict)  # length-scale of each client's surrogate
 
     def clear(self) -> None:
-        self.x, self.known, self.rows, self.reached, self.fresh = None, [], None, None, []
+        self.x, self.known, self.rows, self.reached, self.fresh, self.scales = None, [], None, None, [], {}
 
 
 @dataclass(frozen=True)
@@ -153,8 +154,10 @@ class Federated:
         places, values = self.table.known[client]
         near = nearest(x, places, self.nearest)
         places, values = places[near], values[near]
-        scale = self.lengthscale or best_lengthscale(self.kernel, places, values, self.noise)
-        return Posterior(Kernel(self.kernel, scale), places, values, self.noise)
+        scales = self.table.scales
+        if client not in scales:
+            scales[client] = self.lengthscale or best_lengthscale(self.kernel, places, values, self.noise)
+        return Posterior(Kernel(self.kernel, scales[client]), places, values, self.noise)
 
     def ask(self, step: int, kept: Mapping[str, float]) -> Asking:
         table = self.table
@@ -163,6 +166,7 @@ class Federated:
         for client in range(self.clients):
             where = self._unsure(start, client, radius, 4 * self.near, self.near, step, 0)
             yield from self._query(client, where)
+        table.scales.clear()
         ends = []
         drift = self._drift(start)
         for client in range(self.clients):

@@ -1,0 +1,152 @@
+"""Several processes take the steps of one run: the same bits as alone, one folder, and one fault for all."""
+
+import json
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from train_runs import CONTEXT, config, finish, fingerprint, wait_for
+
+from tare.train import loop, metrics, progress
+from tare.train.config import RunConfig
+
+OPTIONS: dict[str, Any] = {"steps": 5, "checkpoint_every": 2, "eval_every": 4, "lr": 1e-3}
+
+
+def worker(job: RunConfig, rank: int, port: int, notes: Path, fail: str, fault: str) -> None:
+    """One of two. notes: what it came to is put there. fail: where it kills itself; fault: what goes wrong in it."""
+    launched = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update({**launched, "MASTER_PORT": str(port), "TARE_FAIL_AT": fail})
+    events: list[Any] = []
+
+    def listen(event: Any) -> None:
+        events.append(type(event).__name__)
+        if isinstance(event, progress.StepDone) and fault == f"own@{event.step}":
+            raise ValueError("the screen is full")
+
+    if fault.startswith("batch@") or fault.startswith("die@"):
+        from tare.train.data import PackedDataset
+
+        real, at = PackedDataset.batch, 2 * int(fault.split("@")[1])
+
+        def batch(self: Any, position: int, count: int) -> Any:
+            if position == at:
+                if fault.startswith("die"):
+                    os.kill(os.getpid(), 9)
+                raise KeyError("no such row")
+            return real(self, position, count)
+
+        PackedDataset.batch = batch  # type: ignore[method-assign]
+    found: dict[str, Any] = {}
+    try:
+        done = loop.train(job, on_event=listen)
+        found = {"sent": done.sent, "workers": done.workers, "forwards": done.forwards, "digest": digest(done)}
+    except Exception as error:
+        found = {"kind": type(error).__name__, "text": str(error)}
+    (notes / f"{rank}.json").write_text(json.dumps({**found, "events": events}))
+
+
+def digest(done: Any) -> int:
+    return done.steps
+
+
+def launch(job: RunConfig, notes: Path, fail: str = "", faults: tuple[str, str] = ("", "")) -> list[dict[str, Any]]:
+    """What two workers came to; `{}` for one that was killed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    notes.mkdir()
+    started = [
+        CONTEXT.Process(target=worker, args=(job, rank, port, notes, fail if rank == 0 else "", faults[rank]))
+        for rank in range(2)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(100)
+        hangs = process.exitcode is None
+        process.kill()
+        assert not hangs, "the workers hang"
+    return [json.loads(path.read_text()) if (path := notes / f"{rank}.json").exists() else {} for rank in range(2)]
+
+
+def steps_of(out: Path) -> list[tuple[Any, ...]]:
+    lines = metrics.read(out / "metrics.jsonl")
+    return [(x["event"], x["step"], x["loss"]) for x in lines if x["event"] in ("step", "eval")]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("alone") / "run"
+    assert finish(config(out, "mezo", **OPTIONS)) == 0
+    return out
+
+
+def test_shared_points_are_the_run_of_one_process_also_after_a_kill(alone: Path, tmp_path: Path) -> None:
+    job = config(tmp_path / "run", "mezo", **OPTIONS)
+    first, second = launch(job, tmp_path / "killed", faults=("", "die@3"))
+    assert (first["kind"], second) == ("WorkersFailed", {})
+    assert "gone" in first["text"]
+    assert "\n" not in first["text"]
+    job = replace(job, run=replace(job.run, resume=True))
+    first, second = launch(job, tmp_path / "resumed")
+    assert fingerprint(tmp_path / "run") == fingerprint(alone)
+    assert (tmp_path / "run" / "run.seeds").read_bytes() == (alone / "run.seeds").read_bytes()
+    assert steps_of(tmp_path / "run") == steps_of(alone)
+    sent = [line["sent"] for line in metrics.read(tmp_path / "run" / "metrics.jsonl") if line["event"] == "step"]
+    assert len(sent) == 5
+    assert max(sent) < 100
+    assert (first["workers"], first["sent"], first["forwards"]) == (2, sum(sent), 5)
+    assert second["events"] == []
+
+
+def test_shared_data_is_the_mean_over_the_batch(alone: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    first, second = launch(config(out, "mezo", workers="data", **OPTIONS), tmp_path / "notes")
+    assert first["forwards"] == second["forwards"] == 10
+    weights, theirs = (load_file(place / "model" / "model.safetensors") for place in (out, alone))
+    base = max(float((weights[name] - theirs[name]).abs().max()) for name in theirs)
+    assert base < 1e-5
+    for mine, other in zip(steps_of(out), steps_of(alone), strict=True):
+        assert mine[:2] == other[:2]
+        assert mine[2] == pytest.approx(other[2], rel=1e-6)
+    assert torch.equal(*(load_file(out / name)["model.norm.weight"] for name in ("model/model.safetensors",) * 2))
+
+
+@pytest.mark.parametrize(
+    ("faults", "kinds", "words"),
+    [
+        (("", "batch@2"), ["Elsewhere", "KeyError"], "no such row"),
+        (("own@3", ""), ["ValueError", "Elsewhere"], "the screen is full"),
+    ],
+)
+def test_a_fault_of_one_ends_all_and_one_says_why(
+    faults: tuple[str, str], kinds: list[str], words: str, tmp_path: Path
+) -> None:
+    found = launch(config(tmp_path / "run", "mezo", **OPTIONS), tmp_path / "notes", faults=faults)
+    assert [each["kind"] for each in found] == kinds
+    assert [words in each["text"] for each in found] == [kind != "Elsewhere" for kind in kinds]
+    assert not (tmp_path / "run" / "run.lock").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "words"),
+    [
+        ("adamw", {}, "method 'adamw' steps with gradients"),
+        ("mezo", {"batch": 3, "workers": "data"}, "train.batch: 3 sequences do not divide among 2 workers"),
+        ("mezo", {"options": {"probe": "one-point"}}, "2 workers share the points of a step, and mezo asks for 1"),
+        ("mezo", {"source": "/nowhere"}, "/nowhere"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused_by_the_first(
+    method: str, changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    first, second = launch(config(tmp_path / "run", method, **{**OPTIONS, **changes}), tmp_path / "notes")
+    assert (first["kind"], second["kind"]) == ("InputError", "Elsewhere")
+    assert words in first["text"]
+    assert not (tmp_path / "run").exists()
