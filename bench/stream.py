@@ -3,9 +3,10 @@
     python bench/stream.py [--model llama-20m] [--seq 128] [--rounds 5] [--device cpu] [--out bench/results/stream.json]
 
 Each sample of a row stands between two of `mezo`, whose model is on the device as a whole; the order turns from round to round, and
-disturbed samples are repeated. First a few steps from the same weights are compared: exact transfer gives mezo's losses to the bit. On the CPU the
-device is simulated: real copies into memory that is counted; there the ratio shows what copying and two lanes cost, and nothing overlaps on
-one core. `--device cuda` measures transfer and compute on their own streams, and the allocator's peak.
+disturbed samples are repeated. First a few steps from the same weights are
+compared: exact transfer gives mezo's losses to the bit. On the CPU the device is simulated: real copies into memory that is counted;
+there the ratio shows what copying and two lanes cost, and nothing overlaps on one core. `--device cuda` measures transfer and compute
+on their own streams, and the allocator's peak.
 """
 
 import argparse

@@ -105,7 +105,7 @@ def test_features_become_the_kernel() -> None:
             found.append(float((made.gradient(x, made(places).T @ alpha) - exact).square().sum()))
         errors[m] = math.sqrt(sum(found) / len(found))
     assert errors[400] / errors[40_000] == pytest.approx(10.0, rel=0.5)
-    assert errors[40_000] < 0.03 * float(exact.norm())
+    assert errors[40_000] < 0.08 * float(exact.norm())
 
 
 @pytest.mark.parametrize("components", [10, 400])
@@ -195,15 +195,14 @@ def test_without_correction_it_is_federated_averaging() -> None:
 
 
 def test_the_correction_takes_clients_to_the_common_goal() -> None:
-    """Two clients that pull apart: with the correction each ends nearer to where both together would go."""
-    goals = (1.0, -0.6)
-    away = {}
+    """Two clients that pull apart by steps of one length end in the middle between them; corrected, at the minimum of the sum."""
+    found = {}
     for correction in (0.0, 1.0):
-        net, opt = _run(2, goals, correction=correction, local_steps=6)
-        kept = opt.param_groups[0]["forward_kept"]["radius"]
-        away[correction] = kept
-        assert (_flat(net) - 0.2).abs().max() < 0.2
-    assert away[1.0] < away[0.0]
+        net, opt = _run(5, (1.0, -0.6), correction=correction, local_steps=5)
+        found[correction] = float((_flat(net) - 0.2).abs().max()), opt.param_groups[0]["forward_kept"]["radius"]
+    assert found[0.0][0] > 0.15
+    assert found[1.0][0] < 0.05
+    assert found[1.0][1] < found[0.0][1], "and they stay closer together"
 
 
 def test_it_descends_and_asks_as_often_as_it_says() -> None:
@@ -270,7 +269,7 @@ def test_values_out_of_range() -> None:
             FZooS(Row(), **bad)
     with pytest.raises(InputError, match="1,001 scalars are trained"):
         FZooS([("x", nn.Parameter(torch.zeros(1001)))])
-    FZooS(nn.Linear(100, 11), targets="*.bias" if False else "bias")
+    FZooS(nn.Linear(100, 11), targets="bias")
     opt = FZooS(Row(), clients=2, **SMALL)
     for closure in (lambda: 1.0, [lambda: 1.0], [lambda: 1.0, 3.0]):
         with pytest.raises(InputError, match="one for each of 2 clients"):

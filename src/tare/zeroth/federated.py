@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tare.core.checks import check_choice, check_number, check_whole
+from tare.core.checks import check_betas, check_choice, check_number, check_whole
 from tare.core.errors import InputError
 from tare.core.leaf import Leaf
 from tare.core.random import make_key
@@ -133,6 +133,7 @@ class Federated:
         for name in ("clients", "local_steps", "near", "nearest", "components", "features_nearest"):
             check_whole(name, getattr(self, name), 2 if name == "near" else 1)
         check_whole("active", self.active, 0)
+        check_betas(self.betas)
         for name in ("local_lr", "reach", "noise", "features_lengthscale", "eps"):
             check_number(name, getattr(self, name), 0.0)
         check_choice("kernel", self.kernel, KERNELS)
@@ -228,8 +229,8 @@ class Federated:
         for places, values in self.table.known:
             near = nearest(x, places, self.features_nearest)
             own.append(made.fit(places[near], values[near], self.noise))
-        mean = sum((share * nu for share, nu in zip(self.shares, own, strict=True)), torch.zeros_like(own[0]))
-        return [lambda x, nu=mean - nu: made.gradient(x, nu) for nu in own]  # type: ignore[misc]
+        others = [sum((w * (nu - mine) for w, nu in zip(self.shares, own, strict=True)), 0.0 * mine) for mine in own]
+        return [lambda x, nu=nu: made.gradient(x, nu) for nu in others]  # type: ignore[misc]
 
     @property
     def evaluations(self) -> float:
