@@ -147,7 +147,9 @@ class Row(nn.Module):
         return sum((p.double() - goal).square().sum() for p in self.parameters())  # type: ignore[return-value]
 
 
-def _run(steps: int = 3, goals: tuple[float, ...] = (1.0,), net: nn.Module | None = None, **own: Any) -> tuple[nn.Module, FZooS]:
+def _run(
+    steps: int = 3, goals: tuple[float, ...] = (1.0,), net: nn.Module | None = None, **own: Any
+) -> tuple[nn.Module, FZooS]:
     net = Row() if net is None else net
     opt = FZooS(net, clients=len(goals), **{**SMALL, **own})
     for _ in range(steps):
@@ -243,7 +245,9 @@ def test_the_oldest_queries_make_room() -> None:
     kept = opt.state[straight.a][VALUES][0]
     first = other.state[small.a][VALUES][0]
     one, last = _run(1, capacity=20)[1], _run(1, capacity=500)[1]
-    assert torch.equal(one.state[one._moved()[0].parameter][VALUES][0, :17], last.state[last._moved()[0].parameter][VALUES][0, :17])
+    assert torch.equal(
+        one.state[one._moved()[0].parameter][VALUES][0, :17], last.state[last._moved()[0].parameter][VALUES][0, :17]
+    )
     assert kept.shape[0] == 500
     assert bool(first.all())
 
@@ -262,7 +266,8 @@ def test_a_run_can_be_cut_anywhere() -> None:
 def test_values_out_of_range() -> None:
     for bad, word in (
         ({"clients": 0}, "clients"), ({"near": 1}, "near"), ({"local_lr": 0.0}, "local_lr"), ({"kernel": "cubic"}, "kernel"),
-        ({"capacity": 1}, "capacity"), ({"weights": (1.0, 2.0)}, "weights"), ({"noise": 0.0}, "noise"), ({"lengthscale": -1.0}, "lengthscale"),
+        ({"capacity": 1}, "capacity"), ({"weights": (1.0, 2.0)}, "weights"), ({"noise": 0.0}, "noise"),
+        ({"lengthscale": -1.0}, "lengthscale"), ({"betas": (1.0, 0.9)}, "beta"),
         ({"correction": -1.0}, "correction"), ({"rule": "sdg"}, "rule"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=word):

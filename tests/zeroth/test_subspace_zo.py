@@ -88,7 +88,9 @@ def test_normalising_divides_by_the_length_of_such_estimates() -> None:
 
 def _walk(tau: int, d: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    moves = torch.randn(tau, d, generator=generator, dtype=torch.float64) * torch.logspace(0, -3, d, dtype=torch.float64)
+    moves = torch.randn(tau, d, generator=generator, dtype=torch.float64) * torch.logspace(
+        0, -3, d, dtype=torch.float64
+    )
     return moves.cumsum(0)
 
 
@@ -227,7 +229,7 @@ def test_rows_in_other_forms() -> None:
 
 def test_a_run_can_be_cut_anywhere() -> None:
     """The history is part of the saved state, as plain tensors; halves of a run are the run, also between two looks."""
-    whole, opt = _run(lambda net: SubspaceZO(net, 1e-2, tau=4, nu=0.1), 13)
+    whole, _ = _run(lambda net: SubspaceZO(net, 1e-2, tau=4, nu=0.1), 13)
     for cut in (1, 4, 5, 10):
         net = Token(torch.linspace(-1, 1, 24, dtype=torch.float64).view(4, 6))
         first = SubspaceZO(net, 1e-2, tau=4, nu=0.1)
@@ -241,7 +243,15 @@ def test_a_run_can_be_cut_anywhere() -> None:
 
 
 def test_values_out_of_range() -> None:
-    for bad in ({"tau": 1}, {"nu": -0.1}, {"nu": 1.5}, {"n": 0}, {"probe": "three-sided"}, {"rule": "sdg"}, {"eps": 0.0}):
+    for bad in (
+        {"tau": 1},
+        {"nu": -0.1},
+        {"nu": 1.5},
+        {"n": 0},
+        {"probe": "three-sided"},
+        {"rule": "sdg"},
+        {"eps": 0.0},
+    ):
         with pytest.raises(InputError, match=next(iter(bad))):
             SubspaceZO(nn.Linear(2, 2), **bad)
     with pytest.raises(InputError, match="keep the moments"):

@@ -151,7 +151,10 @@ def test_coordinates_are_autograd_up_to_mu_squared() -> None:
 
 
 def test_the_gradient_in_front_is_then_that_of_full_backpropagation() -> None:
-    judge, front = Judge(), Front(torch.eye(8, dtype=F64), torch.randn(6, 8, generator=torch.Generator().manual_seed(3), dtype=F64))
+    judge, front = (
+        Judge(),
+        Front(torch.eye(8, dtype=F64), torch.randn(6, 8, generator=torch.Generator().manual_seed(3), dtype=F64)),
+    )
     x = torch.randn(5, 8, generator=torch.Generator().manual_seed(2), dtype=F64)
     _losses(judge)(front(x)).mean().backward()
     exact = [p.grad.clone() for p in front.parameters()]
@@ -216,7 +219,9 @@ def test_identity_in_front_is_the_coordinate_estimate() -> None:
     assert len(asked) == opt.evaluated == 7
 
 
-@pytest.mark.parametrize("estimator", [RGE(9, 1e-3, two_sided=True), RGE(9, 1e-3, sphere=False, law=Rademacher()), CGE(1e-3)])
+@pytest.mark.parametrize(
+    "estimator", [RGE(9, 1e-3, two_sided=True), RGE(9, 1e-3, sphere=False, law=Rademacher()), CGE(1e-3)]
+)
 @pytest.mark.parametrize("together", [2, 5, 100])
 def test_queries_put_together_are_the_same(estimator: Any, together: int) -> None:
     judge, z = Judge(), _z()
@@ -333,7 +338,9 @@ def test_what_is_refused() -> None:
     with pytest.raises(InputError, match="for each leaf"):
         RGE(law=Subspace(1))
     with pytest.raises(RuntimeError):
-        torch.autograd.grad(torch.autograd.grad(BlackBox(lambda z: z.sum(1))(z).sum(), z, create_graph=True)[0].sum(), z)
+        torch.autograd.grad(
+            torch.autograd.grad(BlackBox(lambda z: z.sum(1))(z).sum(), z, create_graph=True)[0].sum(), z
+        )
 
 
 def test_a_run_can_be_cut_anywhere() -> None:
@@ -404,6 +411,26 @@ def test_losses_that_are_not_finite_cost_no_queries() -> None:
     assert opt.skipped == 1
 
 
+def test_it_is_not_planned_for() -> None:
+    with pytest.raises(InputError, match="not known on paper"):
+        ZOAEDS(nn.Linear(3, 1, device="meta"))
+
+
 def test_names() -> None:
     assert tare.ZOAEDS is ZOAEDS
     assert tare.BlackBox is BlackBox
+
+
+def test_example() -> None:
+    """Behind what was trained from answers alone, more is right under noise."""
+    import importlib.util
+    from pathlib import Path
+
+    path = Path(__file__).parents[2] / "examples" / "defend_black_box.py"
+    spec = importlib.util.spec_from_file_location("defend_black_box", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    before, after = module.main(100)
+    assert after > before + 0.04

@@ -16,6 +16,7 @@ from tare.train.settings import kind_of
 FLAGS: dict[str, str] = {
     "--model": "model.name",
     "--tokenizer": "model.tokenizer",
+    "--quantize": "model.quantize",
     "--data": "data.source",
     "--eval-data": "data.eval_source",
     "--task": "task.name",
@@ -67,7 +68,15 @@ GROUPS = {
         "--workers",
         "--steps",
     ),
-    "memory": ("--budget", "--precision", "--checkpointing", "--release", "--refresh-from", "--refresh-parts"),
+    "memory": (
+        "--budget",
+        "--precision",
+        "--quantize",
+        "--checkpointing",
+        "--release",
+        "--refresh-from",
+        "--refresh-parts",
+    ),
     "run": ("--out", "--resume", "--checkpoint-every", "--eval-every", "--seed", "--device", "--threads"),
 }
 

@@ -8,6 +8,7 @@ import errno
 import importlib
 import os
 import sys
+import time
 import traceback
 import warnings
 from typing import TextIO
@@ -88,7 +89,10 @@ def _dispatch(argv: list[str]) -> int:
 def _said_by_the_first(error: Exception) -> bool:
     """Whether this is one of several workers (torchrun), all given the same wrong words; `train` marks the faults of single ones."""
     rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    return rank != "0" and size != "1" and not getattr(error, "of_worker", False)
+    if rank == "0" or size == "1" or getattr(error, "of_worker", False):
+        return False
+    time.sleep(1.0)  # torchrun ends the first, too, as soon as this one has gone
+    return True
 
 
 def _fail(message: str, code: int, debug: bool) -> int:

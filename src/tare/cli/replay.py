@@ -22,6 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--out", metavar="DIR", dest="folder", help="where the trained model goes; new or empty")
     group.add_argument("--steps", metavar="N", dest="first", help="only the first N steps; all if left out")
     flags.add_one(group, "--device")
+    flags.add_one(group, "--quantize")
     flags.add_switches(parser)
 
 
@@ -37,12 +38,15 @@ def run(args: argparse.Namespace) -> int:
     given = build(args.settings)
     began = time.monotonic()
     with only_json(args.json):
+        from tare.train.quantize import Quantization
         from tare.train.replaying import replay_folder
         from tare.train.session import device_of
 
+        quantize = None if given.model.quantize is None else Quantization.parse(given.model.quantize)
+
         done = replay_folder(
             Path(args.log).expanduser(), Path(args.base).expanduser(), Path(args.folder).expanduser(),
-            steps=None if args.first is None else int(args.first), device=device_of(given.run.device), progress=_Line(),
+            steps=None if args.first is None else int(args.first), device=device_of(given.run.device), progress=_Line(), quantize=quantize,
         )  # fmt: skip
     document = {
         "log": str(args.log),

@@ -5,6 +5,8 @@ stops; --resume goes on, bit for bit.
 """
 
 import argparse
+import sys
+import time
 from dataclasses import asdict
 
 from tare.cli import flags
@@ -26,6 +28,7 @@ def run(args: argparse.Namespace) -> int:
     from tare.train.progress import scores_line
     from tare.train.seedlog import NAME
     from tare.train.workers import Elsewhere, join
+    from tare.zeroth.exchange import WorkersFailed
 
     with only_json(args.json), join(config) as crew:
         try:
@@ -33,7 +36,11 @@ def run(args: argparse.Namespace) -> int:
                 check_method(config)
             with watching(config) as watch:
                 result = train(config, on_event=watch)
-        except Elsewhere:  # who tells of it has another exit code
+        except Elsewhere:
+            time.sleep(1.0)  # torchrun ends the one that tells of it, too, as soon as this one has gone
+            return 1
+        except WorkersFailed as fault:
+            print(f"tare: {fault}; go on from the last checkpoint with --resume", file=sys.stderr)
             return 1
     if not crew.first:
         return 130 if result.interrupted else 0

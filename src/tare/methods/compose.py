@@ -56,6 +56,8 @@ CARD = Card(
     defaults={"everything": "GaLore's, with the norm limiter off; see the arguments"},
     presets={**llama_presets(1e-2), **LARGE_PRESETS},
     limits=("A combination is not a published method: nobody has tuned it. `tare bench quality` measures some.",),
+    reproduced="Combinations drawn at random from all axes either learn, with the state that their spec says, or are refused in one line "
+    "(tests/subspace/test_combinations.py); its parts are those of the methods whose traces are named on their pages.",
     auto_rank=1000,
     release="accumulates",
     state="that of its parts",

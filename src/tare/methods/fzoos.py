@@ -11,6 +11,7 @@ from tare.core.transform import Transform
 from tare.methods.base_forward import NO_DECAY, forward_recipe, pick
 from tare.methods.registry import Card, Trial, register
 from tare.rules.momentum import Momentum
+from tare.zeroth.exchange import Exchange
 from tare.zeroth.federated import Federated, FederatedOptimizer, Placed, Table
 from tare.zeroth.memory import Memory
 from tare.zeroth.record import Recorder
@@ -37,7 +38,8 @@ CARD = Card(
         "Each client's closure is to be one function: other data at each step is noise that the surrogate takes for shape.",
         "reach and local_lr are distances in weights; the published code scales its domain to [0, 1]^d.",
         "A log of seeds repeats the weights of a run, but does not hold the queries.",
-        "Clients are simulated in one process, one closure each; `components` numbers and two more are what each would send a round.",
+        "Clients are simulated: every process has all closures, and `exchange` shares out queries. Between real clients, `components` "
+        "numbers and two more would be sent a round; a process for each client is not offered.",
     ),
     differences=(
         "The code differentiates the posterior mean numerically with a step of 1e-20, which only works because that step is replaced "
@@ -83,6 +85,7 @@ class FZooS(FederatedOptimizer):
         capacity: queries that each client keeps; the oldest make room.
         rule: of the server: `sgd`, or a rule of `tare.rules`.
         targets: which leaves are trained; as the patterns of a `Recipe`.
+        exchange: workers that share the queries; each has every client's closure. See the limits.
         undecayed, memory, weight_decay, storage, seed, patience, on_step, model: as `MeZO`.
 
     Raises:
@@ -105,8 +108,9 @@ class FZooS(FederatedOptimizer):
         noise: float = 1e-6, nearest: int = 150, features_nearest: int = 500, components: int = 10_000,
         features_lengthscale: float = 1.0, correction: float | None = None, capacity: int = 1000,
         rule: Literal["sgd"] | Transform = "sgd", targets: Match = "*", undecayed: tuple[str, ...] = NO_DECAY,
-        memory: str | Memory = "auto", weight_decay: float = 0.0, storage: Storage | dict[str, Any] | None = None, seed: int = 0,
-        patience: int = 10, on_step: Recorder | None = None, model: nn.Module | None = None,
+        memory: str | Memory = "auto", exchange: Exchange | None = None, weight_decay: float = 0.0,
+        storage: Storage | dict[str, Any] | None = None, seed: int = 0, patience: int = 10, on_step: Recorder | None = None,
+        model: nn.Module | None = None,
     ):  # fmt: skip
         table = Table()
         probe = Federated(
@@ -116,5 +120,6 @@ class FZooS(FederatedOptimizer):
         law = Placed(clients=clients, capacity=check_whole("capacity", capacity, 2), table=table)
         super().__init__(
             params, forward_recipe(law, pick("rule", rule, {"sgd": Momentum(0.0)}), targets, undecayed), lr, probe=probe,
-            memory=memory, weight_decay=weight_decay, storage=storage, seed=seed, patience=patience, on_step=on_step, model=model,
+            memory=memory, exchange=exchange, weight_decay=weight_decay, storage=storage, seed=seed, patience=patience,
+            on_step=on_step, model=model,
         )  # fmt: skip

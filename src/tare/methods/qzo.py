@@ -104,6 +104,8 @@ class QZO(ForwardOptimizer):
     ['0.scale', '2.scale']
     """
 
+    trains_scales = True  # of a model that is held in few bits
+
     def __init__(
         self, params: Any, lr: float | Tensor = 1e-7, eps: float = 1e-3, *, clip: float | None = 100.0,
         floor: float | None = 1e-7, relative: bool = False, rest: Match | None = None, n: int = 1,

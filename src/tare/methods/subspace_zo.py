@@ -45,7 +45,8 @@ CARD = Card(
         "counts through adam_eps. normalize=False leaves it out.",
         "Principal components are of standardised coordinates and are taken out of gradients that are not (code); standardize=False uses "
         "plain ones.",
-        "The code's basis always holds one direction of pure rounding noise, because it asks for tau components of tau centred points; left out here.",
+        "The code's basis always holds one direction of pure rounding noise, because it asks for tau components of tau centred points; "
+        "left out here.",
         "The code reseeds the global generator, so that timestep and noise of the next step depend on the directions; here they do not.",
     ),
     release="no",

@@ -36,12 +36,13 @@ CARD = Card(
         "cge asks 2 d times a batch.",
         "Answers for a sample may depend on that sample only; a box that returns one number for the batch has one set of directions.",
         "The cut should be in fp32: in 16 bits mu is not much more than the gap between two numbers.",
+        "For loops of one's own: what a box needs cannot be planned, and `tare train` has none.",
         "A list of numbers cannot repeat a run (SeedLog), and workers cannot share a step: its gradients are of the data.",
     ),
     differences=(
-        "A general wrapper instead of a loss: `tare.zeroth.cut.BlackBox` gives its input a gradient, so the loss after it, what is in front "
-        "and the rule are free. Where the box returns losses, it is the published estimate.",
-        "One of the code's CGE routines averages over coordinates instead of summing: d times smaller, which Adam hides. Here it is the sum.",
+        "A general wrapper instead of a loss: `tare.zeroth.cut.BlackBox` gives its input a gradient, so the loss after it, what is in "
+        "front and the rule are free. Where the box returns losses, it is the published estimate.",
+        "One of the code's CGE routines averages over coordinates: d times smaller, which Adam hides. Here it is the sum.",
         "The paper's CGE is one-sided, the code's two-sided (and this one's). Its --q is ignored by CGE.",
         "The frame of forward-only methods is around one backward here: losses that are not finite skip the step, directions go by the "
         "optimizer's seed and step. BlackBox works without it, under any optimizer.",

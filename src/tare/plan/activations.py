@@ -41,6 +41,9 @@ class Workload:
         """The config of the model that is run."""
         return config
 
+    def alter(self, model: nn.Module) -> None:
+        """What is changed about the model before it is trained, in place: layers of other kinds."""
+
     def batches(self) -> tuple[Any, Any]:
         """The widest batches of training and of evaluation, with zeros in them; made under fake tensors."""
         raise NotImplementedError
@@ -224,7 +227,11 @@ def _run(
 
 def skeleton(config: "PretrainedConfig", dtype: torch.dtype, work: Workload | None) -> nn.Module:
     """The model that a workload is for, without storage."""
-    return build_skeleton(config, dtype) if work is None else build_skeleton(work.adapt(config), dtype, work.kind)
+    if work is None:
+        return build_skeleton(config, dtype)
+    model = build_skeleton(work.adapt(config), dtype, work.kind)
+    work.alter(model)
+    return model
 
 
 def track_step(model: nn.Module, work: Workload | torch.Tensor, precision: Precision = "fp32") -> StepProfile:

@@ -62,7 +62,8 @@ def probe_profile(
         InputError: the method does not take the model as it is.
     """
     changed = config if work is None else work.adapt(full(config))
-    optimizer: Any = on_paper(choice, changed, dtype, "causal" if work is None else work.kind)
+    kind, alter = ("causal", None) if work is None else (work.kind, work.alter)
+    optimizer: Any = on_paper(choice, changed, dtype, kind, alter)  # type: ignore[arg-type]
     assert isinstance(optimizer, ForwardOptimizer)
     trained = [e.leaf for e in optimizer._entries.values() if isinstance(e.transform, Directed)]
     inside = isinstance(optimizer.memory, InForward)

@@ -4,8 +4,10 @@ State bytes are the optimizer's own exact account. Temporaries are tracked on on
 leaf, so the largest one decides; dense fp32 leaves go through fused kernels together and need none.
 """
 
+import copy
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -112,11 +114,16 @@ def _shapes(config: str | ModelShape, dtype: str, quantized: bool = False, kind:
     return model
 
 
-def on_paper(choice: Choice, config: "PretrainedConfig | ModelShape", dtype: str, kind: Kind = "causal") -> Optimizer:
-    """The optimizer of the whole model on the meta device: it has leaves and an account, and no state."""
-    return Choice(choice.key, choice.lr, choice.options, choice.storage).build(
-        _shapes(_hashable(config), dtype, choice.storage.weight == "int8", kind)
-    )
+def on_paper(
+    choice: Choice, config: "PretrainedConfig | ModelShape", dtype: str, kind: Kind = "causal",
+    alter: Callable[[nn.Module], None] | None = None,
+) -> Optimizer:  # fmt: skip
+    """The optimizer of the whole model on the meta device: it has leaves and an account, and no state. alter: changes the model first."""
+    model = _shapes(_hashable(config), dtype, choice.storage.weight == "int8", kind)
+    if alter is not None:
+        model = copy.deepcopy(model)  # the other is kept
+        alter(model)
+    return Choice(choice.key, choice.lr, choice.options, choice.storage).build(model)
 
 
 def _run(choice: Choice, whole: Optimizer) -> StepCost:

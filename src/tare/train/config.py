@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tare.core.errors import InputError
+from tare.train.quantize import Quantization
 from tare.train.settings import Section, setting
 
 Precision = Literal["fp32", "bf16-autocast", "bf16"]
@@ -27,6 +28,13 @@ class ModelConfig(Section):
     kind: Literal["auto", "causal", "masked", "classifier"] = setting(
         "auto", "what kind of model a folder holds; auto = by the architecture that its config names"
     )
+    quantize: str | None = setting(
+        None, "hold linear layers in 4 or 8 bits, for qzo: int4 or int8, e.g. int4:group=64 [128]"
+    )
+
+    def check_together(self) -> None:
+        if self.quantize is not None:
+            Quantization.parse(self.quantize)
 
 
 @dataclass(frozen=True)

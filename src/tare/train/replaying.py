@@ -13,6 +13,7 @@ from torch import nn
 
 from tare.core.errors import InputError
 from tare.methods.replay import replay
+from tare.train.quantize import Quantization, dense_state
 from tare.zeroth.logfile import Log, read
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")
@@ -32,11 +33,11 @@ class Written:
 
 def replay_folder(
     log: Path, base: Path, out: Path, *, steps: int | None = None, device: str | torch.device = "cpu",
-    progress: Callable[[int, int], Any] | None = None,
+    progress: Callable[[int, int], Any] | None = None, quantize: Quantization | None = None,
 ) -> Written:  # fmt: skip
     """Write the trained model, and copies of the base's other files (tokenizer, chat template), to `out`.
 
-    The folder appears whole or not at all.
+    quantize: how the run held its model, where it did; what is written is dequantised. The folder appears whole or not at all.
 
     Raises:
         InputError: what `read` and `replay` refuse; a base that is no model; an `out` that holds something.
@@ -48,6 +49,8 @@ def replay_folder(
         raise InputError(f"{log}: holds {found.steps} steps, {steps} were asked for")
     with _no_bars():
         model = open_model(base, dtype_of(found)).to(device)
+        if quantize is not None:
+            quantize.apply_(model)
     done = replay(found, model, steps=steps, progress=progress)
     copied = [
         file
@@ -59,7 +62,7 @@ def replay_folder(
     unfinished.mkdir(parents=True)
     try:
         with _no_bars():
-            model.to("cpu").save_pretrained(unfinished)  # type: ignore[operator]
+            model.to("cpu").save_pretrained(unfinished, state_dict=dense_state(model, dtype_of(found)))  # type: ignore[operator]
         for file in copied:
             shutil.copyfile(file, unfinished / file.name)
         if out.exists():

@@ -39,6 +39,7 @@ CHANGES: dict[str, Change] = {
     **dict.fromkeys(("model.name", "model.tokenizer", "data.source", "data.eval_source", "data.text_column"), "refuse"),
     **dict.fromkeys(("data.seq", "data.eval_fraction", "method.key", "method.rank", "method.options"), "refuse"),
     **dict.fromkeys(("method.storage", "train.precision", "run.seed", "model.kind", "task.name"), "refuse"),
+    **dict.fromkeys(("model.quantize",), "refuse"),
     **dict.fromkeys(("task.template", "task.words", "task.label_column", "task.shots"), "refuse"),
     **dict.fromkeys(("task.objective", "task.eval_examples"), "warn"),
 }

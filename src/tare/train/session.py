@@ -19,11 +19,12 @@ from tare.core.weights import dense_state_dict, is_quantized, quantize_weights_
 from tare.kernels import gemm
 from tare.methods import registry
 from tare.plan.activations import causal_loss
-from tare.plan.models import build_model, enable_checkpointing
+from tare.plan.models import DTYPES, build_model, enable_checkpointing
 from tare.plan.resolve import Choice
 from tare.plan.resolve import resolve as resolve_method
 from tare.train.checkpoint import Snapshot, restore_weights
 from tare.train.config import RunConfig
+from tare.train.quantize import Quantization, dense_state, planned
 from tare.train.schedule import Schedule
 from tare.train.seeds import restore_arithmetic, restore_random_state, seed_everything
 from tare.train.workers import Crew, attach
@@ -31,6 +32,7 @@ from tare.train.workers import Crew, attach
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from tare.plan.activations import Workload
     from tare.plan.api import Plan
     from tare.train.tasks.data import TaskData
 
@@ -143,6 +145,17 @@ def resolve(config: RunConfig) -> RunConfig:
             f"task.objective: {config.task.objective} has no gradient, and {method.key} steps with gradients; use loss, or a method of "
             f"{', '.join(registry.keys('forward'))}"
         )
+    scales = getattr(registry.method_class(method.key), "trains_scales", False)
+    if scales and config.model.quantize is None:
+        raise InputError(
+            f"model.quantize: missing; {method.key} trains the scales of a quantised model: set it (--quantize int4:group=128), or use "
+            "mezo"
+        )
+    if config.model.quantize is not None and not scales:
+        able = [key for key in registry.keys("forward") if getattr(registry.method_class(key), "trains_scales", False)]
+        raise InputError(
+            f"model.quantize: {method.key} trains weights, not scales; leave it out, or use {', '.join(able)}"
+        )
     if forward:
         train = replace(train, clip=None)  # there is no gradient whose norm could be limited
     if method.rank is not None and "rank" not in registry.options(method.key):
@@ -205,7 +218,9 @@ def build_optimizer(config: RunConfig, model: nn.Module) -> Optimizer:
 
 
 def quantize(model: nn.Module, config: RunConfig) -> None:
-    """Make the linear weights int8 where the storage of the method says so; before the optimizer is built."""
+    """Hold the linear weights in few bits where model.quantize or the storage of the method says so; before the optimizer is built."""
+    if config.model.quantize is not None and hasattr(model, "config"):
+        Quantization.parse(config.model.quantize).apply_(model)
     if choice_of(config).storage.weight == "int8":
         quantize_weights_(model)
 
@@ -257,12 +272,14 @@ def plan_of(config: RunConfig, methods: list[str] | None, task: "TaskData | None
     """The plan for the settings of a run; `methods` None means all that step with gradients. task: for its longest examples."""
     from tare.plan import api
 
-    work = None
+    work: Workload | None = None
     if task is not None:
         from tare.train.tasks.workload import TaskWork
 
         work = TaskWork(task, config.train.batch)
     method, train = config.method, config.train
+    if config.model.quantize is not None:
+        work = planned(work, Quantization.parse(config.model.quantize), train.batch, config.data.seq)
     hyper = {"lr": method.lr, "rank": method.rank, "weight_decay": method.weight_decay, **method.options}
     return api.plan(
         config.model.name,
@@ -339,7 +356,12 @@ def save_model(session: Session, folder: Path) -> None:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # a bar per shard would break into our own line
     try:
-        model.save_pretrained(folder, state_dict=dense_state_dict(model) if is_quantized(model) else None)
+        dense = (
+            dense_state_dict(model)
+            if is_quantized(model)
+            else dense_state(model, DTYPES[weights_dtype(session.config)])
+        )
+        model.save_pretrained(folder, state_dict=dense)
         tokenizer.save_pretrained(folder)
     finally:
         if shown:

@@ -280,6 +280,8 @@ def begin(
         tell(progress.Note(text))
     if job.forward_only:
         tell(progress.Note("forward passes only: dropout off (eval mode), one batch for all probes of a step"))
+    if job.config.model.quantize is not None:
+        tell(progress.Note(f"linear layers held as {job.config.model.quantize}; the model is saved dequantised"))
     if job.crew.size > 1:
         tell(progress.Note(job.crew.note()))
     for text in warnings:

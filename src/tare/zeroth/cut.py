@@ -28,8 +28,13 @@ TINY = 1e-30
 class Estimator(Protocol):
     """Along which directions a box is queried, and how the answers are weighed."""
 
-    mu: float
-    two_sided: bool
+    @property
+    def mu(self) -> float:
+        """How far."""
+        ...
+
+    @property
+    def two_sided(self) -> bool: ...
 
     def count(self, d: int) -> int:
         """Directions for a cut of d numbers a sample."""
@@ -172,8 +177,9 @@ class BlackBox(nn.Module):
         if isinstance(estimator, str):
             check_choice("estimator", estimator, ("rge", "cge"))
             sides = estimator == "cge" if two_sided is None else two_sided
-            estimator = CGE(mu, sides) if estimator == "cge" else RGE(q, mu, sides)
-        self.estimator: Estimator = estimator
+            self.estimator: Estimator = CGE(mu, sides) if estimator == "cge" else RGE(q, mu, sides)
+        else:
+            self.estimator = estimator
         self._function = (function,)  # in a tuple, where torch does not look for modules
         self.together = check_whole("together", together, 1)
         self.seed = check_whole("seed", seed, 0)
@@ -202,7 +208,7 @@ class BlackBox(nn.Module):
             self.calls += 1
         else:
             turn = (frame.seed, frame.name(self.name), frame.step)
-        answer: Tensor = _Through.apply(z, self, rest, turn)  # type: ignore[no-untyped-call]
+        answer: Tensor = _Through.apply(z, self, rest, turn)
         return answer
 
     def _ask(self, z: Tensor, rest: tuple[Any, ...]) -> Tensor:
@@ -261,7 +267,9 @@ class BlackBox(nn.Module):
                 return [self._ask(places[0], rest).double()]
         rows = places[0].shape[0]
         repeated = tuple(
-            torch.cat([other] * len(places)) if isinstance(other, Tensor) and other.ndim and len(other) == rows else other
+            torch.cat([other] * len(places))
+            if isinstance(other, Tensor) and other.ndim and len(other) == rows
+            else other
             for other in rest
         )
         with dice.throw():
@@ -304,7 +312,7 @@ class _Through(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         z, answer = ctx.saved_tensors
         kind, enabled, dtype = ctx.cast
         now = ctx.dice.look()

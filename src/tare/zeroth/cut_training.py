@@ -18,6 +18,7 @@ from tare.core.errors import InputError
 from tare.core.leaf import Leaf
 from tare.core.recipe import Recipe
 from tare.core.state import State
+from tare.core.tensors import is_fake
 from tare.zeroth.assembly import Assembly
 from tare.zeroth.closure import loss_from
 from tare.zeroth.cut import Frame
@@ -86,12 +87,21 @@ class Found(Assembly):
 
 
 class CutOptimizer(ForwardOptimizer):
-    """A `ForwardOptimizer` whose gradients come through black boxes. Arguments as there, without probe, memory and exchange."""
+    """A `ForwardOptimizer` whose gradients come through black boxes. Arguments as there, without probe, memory and exchange.
+
+    Raises:
+        InputError: weights without numbers, as of plans; and as there.
+    """
 
     def __init__(self, params: Any, recipe: Recipe, lr: float | Tensor, **rest: Any):
         self._carried: dict[Tensor, Tensor | None] = {}
         self._told: set[str] = set()
         super().__init__(params, recipe, lr, probe=Here(), memory=Unmoved(), **rest)
+        if any(p.is_meta or is_fake(p) for p in self._entries):
+            raise InputError(
+                "params: what a black box and the way back from it need is not known on paper; build the model, and train it in a loop of "
+                "your own with the box in the closure"
+            )
 
     def _ask(self, leaves: list[Moved], closure: Callable[[], Any], losses: list[float]) -> Estimate | None:
         wanted = [leaf.parameter for leaf in leaves]
@@ -105,7 +115,9 @@ class CutOptimizer(ForwardOptimizer):
                 if any(p.grad is not had for p, had in zip(wanted, before, strict=True)):
                     for p, had in zip(wanted, before, strict=True):
                         p.grad = had
-                    raise InputError("closure: it must not call backward(), step does; return the loss and nothing else")
+                    raise InputError(
+                        "closure: it must not call backward(), step does; return the loss and nothing else"
+                    )
                 if math.isfinite(loss_from(value)):
                     self._carry(value, wanted)
             if not frame.calls:
@@ -143,7 +155,9 @@ class CutOptimizer(ForwardOptimizer):
 
     def _begin(self) -> None:
         if isinstance(self.on_step, SeedLog):
-            raise InputError("on_step: gradients in front of a cut are of the data, and no list of numbers holds them; leave the log out")
+            raise InputError(
+                "on_step: gradients in front of a cut are of the data, and no list of numbers holds them; leave the log out"
+            )
         super()._begin()
 
     def replay(self, record: Record) -> None:
@@ -152,5 +166,3 @@ class CutOptimizer(ForwardOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_carried": {}}
-
-

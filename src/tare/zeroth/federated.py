@@ -16,7 +16,6 @@ from tare.core.leaf import Leaf
 from tare.core.random import make_key
 from tare.core.recipe import Recipe
 from tare.core.state import State
-from tare.core.tensors import is_fake
 from tare.core.transform import StateSpec
 from tare.zeroth.coordinates import FIRST, Coordinates
 from tare.zeroth.directions import Directed, Draw
@@ -134,15 +133,20 @@ class Federated:
             check_whole(name, getattr(self, name), 2 if name == "near" else 1)
         check_whole("active", self.active, 0)
         check_betas(self.betas)
-        for name in ("local_lr", "reach", "noise", "features_lengthscale", "eps"):
+        for name in ("local_lr", "reach", "features_lengthscale", "eps"):
             check_number(name, getattr(self, name), 0.0)
+        check_number("noise", self.noise, 1e-12, inclusive=True)  # below, K may be singular in fp64
         check_choice("kernel", self.kernel, KERNELS)
         if self.lengthscale is not None:
             check_number("lengthscale", self.lengthscale, 0.0)
         if self.correction is not None:
             check_number("correction", self.correction, 0.0, inclusive=True)
-        if self.weights and (len(self.weights) != self.clients or min(self.weights) < 0.0 or not sum(self.weights) > 0.0):
-            raise InputError(f"Invalid weights: {self.weights}; expected a number >= 0 for each of {self.clients} clients")
+        if self.weights and (
+            len(self.weights) != self.clients or min(self.weights) < 0.0 or not sum(self.weights) > 0.0
+        ):
+            raise InputError(
+                f"Invalid weights: {self.weights}; expected a number >= 0 for each of {self.clients} clients"
+            )
 
     @property
     def shares(self) -> list[float]:

@@ -190,7 +190,7 @@ class FrankWolfe(Transform):
     center: Literal["zero", "start", "here"] = "start"
 
     sharding: ClassVar[Sharding] = "matrix"
-    workspace: ClassVar[float] = 3.0
+    workspace = 3.0
 
     def __post_init__(self) -> None:
         check_choice("center", self.center, ("zero", "start", "here"))

@@ -77,7 +77,7 @@ def find_scales(model: nn.Module) -> list[Scale]:
         if not scales:
             _refuse_unknown(path, module)
         for scale in scales:
-            place = scale.here().data_ptr()
+            place = scale.here().data_ptr() or id(scale.here())  # on the meta device nothing has a place
             if place not in seen:
                 seen.add(place)
                 found.append(scale)
