@@ -3,14 +3,22 @@
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
+from tare.core.recipe import Recipe
 from tare.methods.compose import RESIDUALS, RULES
 from tare.rules.maps import MAPS
+from tare.rules.momentum import Momentum
 from tare.subspace.catalogue import BASES
 from tare.subspace.wrapper import SIDES
+from tare.zeroth.directions import Directed, Gaussian, Untouched
+from tare.zeroth.optimizer import ForwardOptimizer
+from tare.zeroth.probes import THETA, Estimate, Term, away
+from tare.zeroth.record import KEPT
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -40,3 +48,20 @@ def test_every_name_of_an_axis_is_in_the_docs() -> None:
     text = (ROOT / "docs" / "composition.md").read_text(encoding="utf-8")
     for name in (*BASES, *RESIDUALS, *MAPS, *RULES, *SIDES):
         assert f"`{name}`" in text, name
+
+
+def test_the_forward_method_of_the_guide_learns() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", text, flags=re.S) if "ForwardOptimizer" in b]
+    names = {
+        "dataclass": dataclass, "Recipe": Recipe, "Momentum": Momentum, "Directed": Directed, "Untouched": Untouched, "Gaussian": Gaussian,
+        "THETA": THETA, "away": away, "Estimate": Estimate, "Term": Term, "ForwardOptimizer": ForwardOptimizer, "CARD": None,
+        "register": lambda card: lambda cls: cls,
+    }  # fmt: skip
+    exec(compile(block, "CONTRIBUTING.md", "exec"), names)
+    torch.manual_seed(0)
+    net, x = torch.nn.Linear(4, 1), torch.randn(16, 4)
+    optimizer = names["Mine"](net, 0.02)  # type: ignore[operator]
+    losses = [optimizer.step(lambda: (net(x) - x.sum(1, keepdim=True)).square().mean()) for _ in range(60)]
+    assert losses[-1] < 0.5 * losses[0]
+    assert optimizer.param_groups[0][KEPT]["curvature"] > 0

@@ -1,53 +1,23 @@
 """Several processes take the steps of one run: the same bits as alone, one folder, and one fault for all."""
 
 import json
-import os
 import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from train_runs import CONTEXT, config, fingerprint, finish
+from worker_runs import worker
 
-from tare.train import loop, metrics, progress
+from tare.core.errors import InputError
+from tare.train import loop, metrics, progress, session
 from tare.train.config import RunConfig
+from tare.train.workers import Crew, attach, enlist
 
 OPTIONS: dict[str, Any] = {"steps": 5, "checkpoint_every": 2, "eval_every": 4, "lr": 1e-3}
-
-
-def worker(job: RunConfig, rank: int, port: int, notes: Path, fault: str) -> None:
-    """One of two. notes: what it came to is put there. fault: what goes wrong in it, and in which step."""
-    launched = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    os.environ.update({**launched, "MASTER_PORT": str(port)})
-    events: list[Any] = []
-
-    def listen(event: Any) -> None:
-        events.append(type(event).__name__)
-        if isinstance(event, progress.StepDone) and fault == f"own@{event.step}":
-            raise ValueError("the screen is full")
-
-    if fault.startswith(("batch@", "die@")):
-        from tare.train.data import PackedDataset
-
-        real, at = PackedDataset.batch, 2 * int(fault.split("@")[1])
-
-        def batch(self: Any, position: int, count: int) -> Any:
-            if position == at:
-                if fault.startswith("die"):
-                    os.kill(os.getpid(), 9)
-                raise KeyError("no such row")
-            return real(self, position, count)
-
-        PackedDataset.batch = batch  # type: ignore[method-assign]
-    found: dict[str, Any] = {}
-    try:
-        done = loop.train(job, on_event=listen)
-        found = {"sent": done.sent, "workers": done.workers, "forwards": done.forwards}
-    except Exception as error:
-        found = {"kind": type(error).__name__, "text": str(error)}
-    (notes / f"{rank}.json").write_text(json.dumps({**found, "events": events}))
 
 
 def launch(job: RunConfig, notes: Path, faults: tuple[str, str] = ("", "")) -> list[dict[str, Any]]:
@@ -112,7 +82,7 @@ def test_shared_data_is_the_mean_over_the_batch(alone: Path, tmp_path: Path) -> 
     ("faults", "kinds", "words"),
     [
         (("", "batch@2"), ["Elsewhere", "KeyError"], "no such row"),
-        (("own@3", ""), ["ValueError", "Elsewhere"], "the screen is full"),
+        pytest.param(("own@3", ""), ["ValueError", "Elsewhere"], "the screen is full", marks=pytest.mark.slow),
     ],
 )
 def test_a_fault_of_one_ends_all_and_one_says_why(
@@ -124,24 +94,39 @@ def test_a_fault_of_one_ends_all_and_one_says_why(
     assert not (tmp_path / "run" / "run.lock").exists()
 
 
+@pytest.mark.slow
+def test_what_cannot_be_shared_is_refused_by_the_first(tmp_path: Path) -> None:
+    first, second = launch(config(tmp_path / "run", "mezo", source="/nowhere", **OPTIONS), tmp_path / "notes")
+    assert (first["kind"], second["kind"]) == ("InputError", "Elsewhere")
+    assert "/nowhere" in first["text"]
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("method", "changes", "words"),
     [
-        ("adamw", {}, "method 'adamw' steps with gradients"),
-        ("mezo", {"options": {"probe": "one-point"}}, "2 workers share the points of a step, and mezo asks for 1"),
-        pytest.param(
-            "mezo",
-            {"batch": 3, "workers": "data"},
-            "train.batch: 3 sequences do not divide among 2",
-            marks=pytest.mark.slow,
+        (
+            "adamw",
+            {},
+            r"method 'adamw' steps with gradients, and workers .* start it without torchrun, or use one of .*mezo",
         ),
-        pytest.param("mezo", {"source": "/nowhere"}, "/nowhere", marks=pytest.mark.slow),
+        ("zo2", {}, r"method 'zo2' shares no points"),
+        ("mezo", {"batch": 3, "workers": "data"}, r"train.batch: 3 sequences do not divide among 2 workers"),
+        ("mezo", {"options": {"probe": "one-point"}}, r"2 workers share the points of a step, and mezo asks for 1"),
     ],
 )
-def test_what_cannot_be_shared_is_refused_by_the_first(
-    method: str, changes: dict[str, Any], words: str, tmp_path: Path
-) -> None:
-    first, second = launch(config(tmp_path / "run", method, **{**OPTIONS, **changes}), tmp_path / "notes")
-    assert (first["kind"], second["kind"]) == ("InputError", "Elsewhere")
-    assert words in first["text"]
-    assert not (tmp_path / "run").exists()
+def test_what_cannot_be_shared(method: str, changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    crew, job = Crew(size=2), config(tmp_path / "run", method, **{**OPTIONS, **changes})
+    with pytest.raises(InputError, match=words):
+        attach(crew, enlist(job, crew), session.build_optimizer(job, torch.nn.Linear(4, 4)))
+    assert enlist(job, Crew()) is job
+
+
+def test_one_process_by_itself_shares_nothing(tmp_path: Path) -> None:
+    heard: list[Any] = []
+    done = loop.train(
+        config(tmp_path / "run", "mezo", workers="data", **{**OPTIONS, "steps": 1}), on_event=heard.append
+    )
+    assert (done.workers, done.sent) == (1, 0)
+    assert ["torchrun" in event.text for event in heard if isinstance(event, progress.Warned)] == [True]
+    assert not any("sent" in line for line in done.history)
