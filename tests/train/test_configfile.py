@@ -35,6 +35,7 @@ KEYS = st.text(string.ascii_lowercase, min_size=1).filter(
 SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "run.device": st.sampled_from(["auto", "cpu", "cuda", "cuda:3"]),
     "run.budget": st.none(),
+    "model.quantize": st.sampled_from([None, "int4", "int8:group=none", "int4:group=32"]),
     "train.warmup": st.floats(0, 1, exclude_max=True) | st.just(1.0),
 }
 
@@ -157,6 +158,8 @@ BAD_TEXTS = [
     ("train: {warmup: 1.5}", r"train\.warmup: expected a share < 1 or a whole number"),
     ("train: {schedule: cosin}", r"train\.schedule: .*did you mean 'cosine'"),
     ("run: {device: gpu}", r"run\.device: expected auto, cpu"),
+    ("model: {quantize: int3}", r"model\.quantize: expected int4 or int8"),
+    ("train: {workers: all}", r"train\.workers: expected one of points, data, or none, got 'all'"),
     ("train: {step: 5}", r"train\.step: unknown setting \(did you mean 'steps'\?\); allowed: steps, batch"),
     ("train: {lr: 5}", r"train\.lr: unknown setting \(did you mean 'method\.lr'\?\)"),
     ("train: {epochs: 2}", r"train\.epochs: unknown setting; allowed: steps"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from task_models import bert, copa, job, llama, table
-from train_runs import fingerprint, finish
+from train_runs import fingerprint
 
 import tare
 from tare.core.errors import InputError
@@ -27,12 +27,19 @@ def same(one: Path, other: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_killed_run_ends_with_the_same_bits_and_the_same_log(tmp_path: Path) -> None:
+def test_a_run_that_broke_off_ends_with_the_same_bits_and_the_same_log(tmp_path: Path) -> None:
     data, model = table(tmp_path / "t.jsonl"), llama(tmp_path / "m", weights=True)
     options: dict[str, Any] = {"options": {"rule": "adam"}, "steps": 5}
     whole = loop.train(job(tmp_path / "whole", model, data, **options))
-    assert finish(job(tmp_path / "cut", model, data, **options), fail_at="after_commit@2") == -9
-    assert finish(job(tmp_path / "cut", model, data, resume=True, **options)) == 0
+
+    def fail(event: Any) -> None:
+        if isinstance(event, progress.StepDone) and event.step == 5:
+            raise OSError("the power is out")
+
+    with pytest.raises(OSError, match="power"):
+        loop.train(job(tmp_path / "cut", model, data, **options), on_event=fail)
+    assert (tmp_path / "cut" / "checkpoints" / "step-4").is_dir()
+    loop.train(job(tmp_path / "cut", model, data, resume=True, **options))
     assert fingerprint(tmp_path / "cut") == fingerprint(tmp_path / "whole")
     assert (tmp_path / "cut" / "run.seeds").read_bytes() == (tmp_path / "whole" / "run.seeds").read_bytes()
     lines = [
@@ -53,8 +60,17 @@ def test_a_killed_run_ends_with_the_same_bits_and_the_same_log(tmp_path: Path) -
     assert same(tmp_path, tmp_path / "whole")
 
 
-@pytest.mark.parametrize("method", ["mezo", "adamw"])
-@pytest.mark.parametrize("kind", ["causal", "masked", "classifier", "choice"])
+SLOWLY = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        *((kind, "mezo") for kind in ("causal", "masked", "classifier", "choice")),
+        ("classifier", "adamw"),
+        *(pytest.param(kind, "adamw", marks=SLOWLY) for kind in ("causal", "masked", "choice")),
+    ],
+)
 def test_every_kind_of_model_takes_steps(kind: str, method: str, tmp_path: Path) -> None:
     architecture = {"masked": "BertForMaskedLM", "classifier": "BertModel"}.get(kind)
     model = bert(tmp_path / "m", architecture) if architecture else llama(tmp_path / "m", weights=True)
@@ -118,6 +134,7 @@ def test_a_run_is_the_loop_that_one_would_write(tmp_path: Path) -> None:
     assert done.forwards == 12
 
 
+@pytest.mark.slow
 def test_gradients_learn_the_rule(tmp_path: Path) -> None:
     data, model = table(tmp_path / "t.jsonl"), bert(tmp_path / "m", "BertForSequenceClassification")
     config = job(

@@ -163,6 +163,7 @@ OTHER: dict[str, Any] = {
     "run.device": "auto", "run.resume": True, "run.checkpoint_every": 9, "run.eval_every": 9, "run.keep": 9, "run.threads": 9,
     "run.tensorboard": True, "model.kind": "masked", "task.name": "classify", "task.template": "x", "task.words": {"0": "x"},
     "task.label_column": "x", "task.shots": 3, "task.objective": "accuracy", "task.eval_examples": 3,
+    "train.workers": "data", "model.quantize": "int4",
 }  # fmt: skip
 
 

@@ -1,7 +1,10 @@
 """Several processes take the steps of one run: the same bits as alone, one folder, and one fault for all."""
 
 import json
+import os
 import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from train_runs import CONTEXT, config, fingerprint, finish
+from train_runs import CONTEXT, config, corpus, fingerprint, model
 from worker_runs import worker
 
 from tare.core.errors import InputError
@@ -45,7 +48,7 @@ def steps_of(out: Path) -> list[tuple[Any, ...]]:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("alone") / "run"
-    assert finish(config(out, "mezo", **OPTIONS)) == 0
+    loop.train(config(out, "mezo", **OPTIONS))
     return out
 
 
@@ -76,6 +79,10 @@ def test_shared_data_is_the_mean_over_the_batch(alone: Path, tmp_path: Path) -> 
     for mine, other in zip(steps_of(out), steps_of(alone), strict=True):
         assert mine[:2] == other[:2]
         assert mine[2] == pytest.approx(other[2], rel=1e-6)
+    heard: list[Any] = []
+    again = config(out, "mezo", workers="data", resume=True, **{**OPTIONS, "steps": 6, "schedule": "constant"})
+    assert loop.train(again, on_event=heard.append).steps == 6
+    assert any("cut into 2 parts and now are into 1" in e.text for e in heard if isinstance(e, progress.Warned))
 
 
 @pytest.mark.parametrize(
@@ -130,3 +137,26 @@ def test_one_process_by_itself_shares_nothing(tmp_path: Path) -> None:
     assert (done.workers, done.sent) == (1, 0)
     assert ["torchrun" in event.text for event in heard if isinstance(event, progress.Warned)] == [True]
     assert not any("sent" in line for line in done.history)
+
+
+@pytest.mark.slow
+def test_by_command(tmp_path: Path) -> None:
+    """Under torchrun itself: the model of one process; and one line on why two cannot."""
+    flags = f"--model {model()} --data {corpus()} --method mezo --lr 1e-3 --seq 32 --batch 2 --steps 3 --threads 1 --device cpu".split()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def run(launcher: list[str], out: str, *more: str) -> "subprocess.CompletedProcess[str]":
+        command = [*launcher, "-m", "tare", "train", *flags, "--out", str(tmp_path / out), *more]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+
+    alone, shared = run([sys.executable], "alone"), run(torchrun, "shared", "--workers", "points")
+    assert (alone.returncode, shared.returncode) == (0, 0), shared.stderr
+    assert "by each of 2 workers" in shared.stdout
+    assert fingerprint(tmp_path / "alone") == fingerprint(tmp_path / "shared")
+    refused = run(
+        torchrun, "refused", "--workers", "data", "--accumulate", "2", "--config", str(tmp_path / "none.yaml")
+    )
+    assert [line for line in refused.stderr.splitlines() if line.startswith("tare: ")] == [
+        f"tare: {tmp_path / 'none.yaml'}: no such file; --config expects a YAML file"
+    ]

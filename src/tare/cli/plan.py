@@ -22,7 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--methods", metavar="KEY,KEY,...", help="the methods to plan for; all if left out")
     group = parser.add_argument_group("settings")
-    for name in ("--model", "--budget", "--batch", "--accumulate", "--seq", "--rank", "--precision"):
+    for name in ("--model", "--budget", "--batch", "--accumulate", "--seq", "--rank", "--precision", "--quantize"):
         flags.add_one(group, name)
     for name in ("--checkpointing", "--release", "--refresh-from", "--refresh-parts"):
         flags.add_one(group, name)
@@ -50,8 +50,12 @@ def run(args: argparse.Namespace) -> int:
     with only_json(args.json), waiting(f"planning {config.model.name}", hint) as tell:
         from tare.plan.api import plan
         from tare.plan.report import show, verdict
+        from tare.train.quantize import Quantization, check_methods, planned
 
-        method = config.method
+        method, work = config.method, None
+        check_methods(config.model.quantize, methods)
+        if config.model.quantize is not None:
+            work = planned(None, Quantization.parse(config.model.quantize), config.train.batch, config.data.seq)
         given = {"lr": method.lr, "rank": method.rank, "weight_decay": method.weight_decay, **method.options}
         result = plan(
             config.model.name,
@@ -70,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
             precision=config.train.precision,
             storage=method.storage or None,
             hyper={name: value for name, value in given.items() if value is not None},
+            work=work,
         )
     if args.json:
         emit(result.to_json())

@@ -126,9 +126,13 @@ def _settled(config: RunConfig, snapshot: checkpoint.Snapshot | None, crew: Crew
     saved = snapshot.trainer["config"] if snapshot else {}
     config = workers.enlist(session.resolve(run.inherit(saved, config)), crew)
     warnings = [*(snapshot.skipped if snapshot else ()), *run.changes(saved, config)]
-    was = snapshot.trainer.get("workers", 1) if snapshot else crew.size
-    if was != crew.size and config.train.workers == "data":
-        warnings.append(f"the run had {was} workers and has {crew.size}: means over the data are rounded differently")
+    if snapshot is not None:
+        was = saved["train"].get("workers"), snapshot.trainer.get("workers", 1)
+        before, after = (size if shares == "data" else 1 for shares, size in (was, (config.train.workers, crew.size)))
+        if before != after:
+            warnings.append(
+                f"batches were cut into {before} parts and now are into {after}: the run goes on, but means are rounded differently"
+            )
     if crew.size == 1 and config.train.workers is not None and not snapshot:
         warnings.append("train.workers: there is one process only; start several with torchrun --nproc-per-node N")
     if config.run.tensorboard:

@@ -61,6 +61,29 @@ class Quantization:
                 replace_module(model, owner, made.train(linear.training))
 
 
+def check_methods(quantize: str | None, methods: list[str] | None) -> None:
+    """Raise `InputError` unless a model is quantised for methods that train its scales, and for no others; None: it is not said which."""
+    from tare.methods import registry
+
+    if quantize is None:
+        for key in filter(trains_scales, methods or []):
+            raise InputError(
+                f"model.quantize: missing; {key} trains the scales of a quantised model: set it (--quantize int4:group=128), or use mezo"
+            )
+        return
+    for key in methods or ["auto"]:
+        if key == "auto" or not trains_scales(key):
+            able = ", ".join(filter(trains_scales, registry.keys("forward")))
+            raise InputError(f"model.quantize: {key} trains weights, not scales; leave it out, or use {able}")
+
+
+def trains_scales(key: str) -> bool:
+    """Whether a method trains the scales of quantised models."""
+    from tare.methods import registry
+
+    return bool(getattr(registry.method_class(key), "trains_scales", False))
+
+
 def planned(work: "Workload | None", quantization: Quantization, batch: int, seq: int) -> "Workload":
     """A workload, or packed text, on a model held in few bits."""
     import torch

@@ -30,12 +30,13 @@ Change = Literal["free", "warn", "refuse"]
 CHANGES: dict[str, Change] = {
     **dict.fromkeys(("model.checkpointing", "run.out", "run.budget", "run.resume", "run.checkpoint_every"), "free"),
     **dict.fromkeys(
-        ("train.clip_parts", "run.eval_every", "run.keep", "run.tensorboard", "train.max_bad_steps"), "free"
+        ("train.clip_parts", "run.eval_every", "run.keep", "run.tensorboard", "train.max_bad_steps", "train.workers"),
+        "free",
     ),
     **dict.fromkeys(("data.eval_tokens", "method.lr", "method.weight_decay", "method.release", "run.device"), "warn"),
     **dict.fromkeys(("run.threads", "train.steps", "train.batch", "train.accumulate", "train.schedule"), "warn"),
     **dict.fromkeys(("train.warmup", "train.final_lr_ratio", "train.clip", "train.clip_mode"), "warn"),
-    **dict.fromkeys(("train.refresh_from", "train.refresh_parts", "train.workers"), "warn"),
+    **dict.fromkeys(("train.refresh_from", "train.refresh_parts"), "warn"),
     **dict.fromkeys(("model.name", "model.tokenizer", "data.source", "data.eval_source", "data.text_column"), "refuse"),
     **dict.fromkeys(("data.seq", "data.eval_fraction", "method.key", "method.rank", "method.options"), "refuse"),
     **dict.fromkeys(("method.storage", "train.precision", "run.seed", "model.kind", "task.name"), "refuse"),

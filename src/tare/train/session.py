@@ -24,7 +24,7 @@ from tare.plan.resolve import Choice
 from tare.plan.resolve import resolve as resolve_method
 from tare.train.checkpoint import Snapshot, restore_weights
 from tare.train.config import RunConfig
-from tare.train.quantize import Quantization, dense_state, planned
+from tare.train.quantize import Quantization, check_methods, dense_state, planned
 from tare.train.schedule import Schedule
 from tare.train.seeds import restore_arithmetic, restore_random_state, seed_everything
 from tare.train.workers import Crew, attach
@@ -145,17 +145,7 @@ def resolve(config: RunConfig) -> RunConfig:
             f"task.objective: {config.task.objective} has no gradient, and {method.key} steps with gradients; use loss, or a method of "
             f"{', '.join(registry.keys('forward'))}"
         )
-    scales = getattr(registry.method_class(method.key), "trains_scales", False)
-    if scales and config.model.quantize is None:
-        raise InputError(
-            f"model.quantize: missing; {method.key} trains the scales of a quantised model: set it (--quantize int4:group=128), or use "
-            "mezo"
-        )
-    if config.model.quantize is not None and not scales:
-        able = [key for key in registry.keys("forward") if getattr(registry.method_class(key), "trains_scales", False)]
-        raise InputError(
-            f"model.quantize: {method.key} trains weights, not scales; leave it out, or use {', '.join(able)}"
-        )
+    check_methods(config.model.quantize, [method.key])
     if forward:
         train = replace(train, clip=None)  # there is no gradient whose norm could be limited
     if method.rank is not None and "rank" not in registry.options(method.key):
@@ -219,7 +209,7 @@ def build_optimizer(config: RunConfig, model: nn.Module) -> Optimizer:
 
 def quantize(model: nn.Module, config: RunConfig) -> None:
     """Hold the linear weights in few bits where model.quantize or the storage of the method says so; before the optimizer is built."""
-    if config.model.quantize is not None and hasattr(model, "config"):
+    if config.model.quantize is not None:
         Quantization.parse(config.model.quantize).apply_(model)
     if choice_of(config).storage.weight == "int8":
         quantize_weights_(model)

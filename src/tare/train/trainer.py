@@ -132,7 +132,8 @@ class Trainer:
         began = time.monotonic()
         lr = set_lr(self.job.optimizer, self.job.peaks, self.job.schedule(now.step))
         metered = now.step < METERED
-        meter = StepMeter(self.job.model, self.job.optimizer, self.job.device) if metered else None
+        measure = metered and self.crew.first
+        meter = StepMeter(self.job.model, self.job.optimizer, self.job.device) if measure else None
         with meter or nullcontext():
             outcome = take_step(self.job, now.position)
         taken = time.monotonic() - began
