@@ -189,7 +189,7 @@ def test_a_row_that_fails_does_not_cost_the_others(monkeypatch, bench):
 def test_a_row_that_is_too_slow_is_named_with_its_time():
     found = bench_step.bench_step("llama-tiny", replace(QUICK, methods="adamw", slowest=0.0, refresh=False))
     assert [each["key"] for each in found["absent"]] == ["adamw"]
-    assert "a step takes" in found["absent"][0]["reason"]
+    assert "the first step takes" in found["absent"][0]["reason"]
 
 
 def test_gradients_are_given_back_where_an_optimizer_changes_them():

