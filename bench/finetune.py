@@ -79,6 +79,12 @@ class Data:
             own = [self.train[i] for i in order if self.train[i][1] == label][: 2 * shots]
             chosen[0].extend(own[:shots])
             chosen[1].extend(own[shots:])
+        for part in chosen:  # classes take turns
+            part[:] = [
+                part[at + label * (len(part) // len(WORDS))]
+                for at in range(len(part) // len(WORDS))
+                for label in range(len(WORDS))
+            ]
         return chosen
 
 

@@ -165,7 +165,7 @@ def test_mean_and_second_moment_of_the_estimate(law: str, constant: int, n: int)
     model = Quadratic(curved=False)
     g = model.gradient()
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
-    samples, total = 4000, {name: torch.zeros_like(value) for name, value in g.items()}
+    samples, total = 1500, {name: torch.zeros_like(value) for name, value in g.items()}
     opt = MeZO(model, lr=1.0, eps=1.0, n=n, directions=law)
     squares = []
     for _ in range(samples):

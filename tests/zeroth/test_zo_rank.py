@@ -179,8 +179,8 @@ def test_only_the_order_of_losses_counts(change: Any, search: int) -> None:
 
 
 def test_on_a_linear_function_the_mean_step_is_along_the_gradient() -> None:
-    """E g is a positive multiple of the slope: over 3000 steps within what sqrt(d / steps) leaves."""
-    d, steps = 12, 3000
+    """E g is a positive multiple of the slope: over 1000 steps within what sqrt(d / steps) leaves."""
+    d, steps = 12, 1000
     slope = torch.randn(d, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
     class Linear(nn.Module):
@@ -196,7 +196,7 @@ def test_on_a_linear_function_the_mean_step_is_along_the_gradient() -> None:
         opt = ZORank(net, 1.0, 0.1, k=k)
         for _ in range(steps):
             opt.step(net)
-        assert torch.cosine_similarity(net.x.detach(), -slope, dim=0) > 0.99
+        assert torch.cosine_similarity(net.x.detach(), -slope, dim=0) > 0.97
 
 
 def test_larger_is_better_where_it_is_maximized() -> None:
