@@ -275,6 +275,7 @@ VIEWS: dict[str, Callable[[Result], str]] = {
     "finetune": lambda result: _forward("finetune", result),
     "population": lambda result: _forward("population", result),
     "deepzero": lambda result: _forward("deepzero", result),
+    "directions": lambda result: _forward("directions", result),
     "stream": lambda result: _forward("stream", result),
     "staggered": lambda result: rendered(staggered(result)),
     "notes": _said,

@@ -1,4 +1,5 @@
-"""Tables made from the JSON of the benchmarks of training without backpropagation: fine-tuning, populations, coordinates, streams."""
+"""Tables made from the JSON of the benchmarks of training without backpropagation: fine-tuning, populations, coordinates,
+streams, directions."""
 
 import statistics
 from typing import Any
@@ -102,6 +103,26 @@ def stream(result: Result) -> str:
         f"`{result['command']}`, commit {_short(result)}, {result['date']}."
     )
     return _with(rendered((header, rows)), [note])
+
+
+def directions(result: Result) -> str:
+    """Directions drawn where they are written, beside drawing them with torch."""
+    from tare.report.bench_tables import rendered
+
+    rows: list[tuple[str, ...]] = [
+        (
+            row["row"],
+            f"{row['ns_per_element']:.3f}",
+            f"{row['ratio_to_adamw']['median']:.2f}",
+            f"{row['ratio_to_randn']['median']:.3f}",
+        )
+        for row in result["rows"]
+    ]
+    note = (
+        f"{result['elements']:,} elements, {_machine(result)}, median of {result['rounds']} interleaved rounds; `{result['command']}`, commit "
+        f"{_short(result)}, {result['date'][:10]}."
+    )
+    return _with(rendered((("what", "ns an element", "x fused AdamW", "x randn and add"), rows)), [note])
 
 
 def _spread(values: list[float]) -> str:
