@@ -77,7 +77,7 @@ def deepzero(result: Result) -> str:
         f"{own['weights']:,} weights, {settings['steps']} steps of {settings['batch']} on {result['data']}: test accuracy "
         f"{own['curve'][-1]['accuracy']:.1%} by deepzero with {own['evaluations']:,} forward passes (sparsity {settings['sparsity']:g}), "
         f"{other['curve'][-1]['accuracy']:.1%} with gradients, the same net and schedule.",
-        f"{_machine({**result, **settings})}; `python bench/deepzero.py`, commit {_short(result)}, {result['date']}.",
+        f"{_machine({**settings, **result})}; `python bench/deepzero.py`, commit {_short(result)}, {result['date']}.",
     ]  # fmt: skip
     return _with(rendered((("evaluation", "s a step", "x whole", "losses differ by"), rows)), notes)
 
@@ -119,8 +119,8 @@ def directions(result: Result) -> str:
         for row in result["rows"]
     ]
     note = (
-        f"{result['elements']:,} elements, {_machine(result)}, median of {result['rounds']} interleaved rounds; `{result['command']}`, commit "
-        f"{_short(result)}, {result['date'][:10]}."
+        f"{result['elements']:,} elements, {_machine(result)}, median of {result['rounds']} interleaved rounds; `{result['command']}`, "
+        f"commit {_short(result)}, {result['date'][:10]}."
     )
     return _with(rendered((("what", "ns an element", "x fused AdamW", "x randn and add"), rows)), [note])
 
