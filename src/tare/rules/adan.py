@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 from tare.core.checks import check_betas, check_number
-from tare.core.delta import Delta, Dense
+from tare.core.delta import Dense
 from tare.core.leaf import Leaf
 from tare.core.state import State
-from tare.core.transform import StateSpec, Step, Transform, Work
+from tare.core.transform import StateSpec, Step, Work
 from tare.kernels import native_light
-from tare.rules.one_pass import direction, one_pass
+from tare.rules.one_pass import OnePass, direction, one_pass
 
 _MOMENTS = ("exp_avg", "exp_avg_diff", "exp_avg_sq", "previous")
 
 
 @dataclass(frozen=True)
-class Adan(Transform):
+class Adan(OnePass):
     """d = g - g_prev (0 at the first step); m = b1 m + (1-b1) g; v = b2 v + (1-b2) d; n = b3 n + (1-b3) (g + b2 d)^2;
     U = (m / (1-b1^t) + b2 v / (1-b2^t)) / (sqrt(n / (1-b3^t)) + eps).
 
@@ -45,15 +45,6 @@ class Adan(Transform):
             "exp_avg_sq": StateSpec(leaf.shape, signed=False),
             "previous": StateSpec(leaf.shape),
         }
-
-    def update(self, grad: Tensor, state: State, step: Step, compressed: Tensor | None = None) -> Delta:
-        return self._direction(grad, state, step, spent=False)
-
-    def consume(self, grad: Tensor, state: State, step: Step) -> Dense:
-        return self._direction(grad, state, step, spent=True)
-
-    def update_many(self, batch: list[Work]) -> list[Work]:
-        return [work for work in batch if not self._native(work)]
 
     def _native(self, work: Work) -> bool:
         own, c = self._numbers(work.step)

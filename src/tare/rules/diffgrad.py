@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from tare.core.checks import check_betas, check_number
-from tare.core.delta import Delta, Dense
+from tare.core.delta import Dense
 from tare.core.leaf import Leaf
 from tare.core.state import State
-from tare.core.transform import StateSpec, Step, Transform, Work
+from tare.core.transform import StateSpec, Step, Work
 from tare.kernels import native_light
-from tare.rules.one_pass import direction, one_pass
+from tare.rules.one_pass import OnePass, direction, one_pass
 
 
 @dataclass(frozen=True)
-class DiffGrad(Transform):
+class DiffGrad(OnePass):
     """m, v as Adam; xi = sigmoid(|g_prev - g|), g_prev = 0 at first; U = c_t xi m / (sqrt(v) + eps), eps before bias correction.
 
     xi is in [1/2, 1): where gradients are small it is 1/2 whatever they do, and the step is half of Adam's.
@@ -39,15 +39,6 @@ class DiffGrad(Transform):
     def spec(self, leaf: Leaf) -> dict[str, StateSpec]:
         specs = {"exp_avg": StateSpec(leaf.shape), "exp_avg_sq": StateSpec(leaf.shape, signed=False)}
         return specs if self.reference_alias else {**specs, "previous": StateSpec(leaf.shape)}
-
-    def update(self, grad: Tensor, state: State, step: Step, compressed: Tensor | None = None) -> Delta:
-        return self._direction(grad, state, step, spent=False)
-
-    def consume(self, grad: Tensor, state: State, step: Step) -> Dense:
-        return self._direction(grad, state, step, spent=True)
-
-    def update_many(self, batch: list[Work]) -> list[Work]:
-        return [work for work in batch if not self._native(work)]
 
     def _native(self, work: Work) -> bool:
         own, scale = self._numbers(work.step)

@@ -6,17 +6,17 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from tare.core.checks import check_betas
-from tare.core.delta import Delta, Dense
+from tare.core.delta import Dense
 from tare.core.leaf import Leaf
 from tare.core.state import State
 from tare.core.storage import LOW
-from tare.core.transform import StateSpec, Step, Transform, Work
+from tare.core.transform import StateSpec, Step, Work
 from tare.kernels import native, native_fourbit, native_light
-from tare.rules.one_pass import direction, one_pass
+from tare.rules.one_pass import OnePass, direction, one_pass
 
 
 @dataclass(frozen=True)
-class Lion(Transform):
+class Lion(OnePass):
     """U = sign(b1 m + (1-b1) g); then m = b2 m + (1-b2) g. b1 reads out, b2 averages: they do not swap.
 
     sign: False leaves the interpolation as it is, for methods that take the sign elsewhere (after lifting it, say).
@@ -32,12 +32,6 @@ class Lion(Transform):
 
     def spec(self, leaf: Leaf) -> dict[str, StateSpec]:
         return {"exp_avg": StateSpec(leaf.shape)}
-
-    def update(self, grad: Tensor, state: State, step: Step, compressed: Tensor | None = None) -> Delta:
-        return self._direction(grad, state, step, spent=False)
-
-    def consume(self, grad: Tensor, state: State, step: Step) -> Dense:
-        return self._direction(grad, state, step, spent=True)
 
     def _direction(self, grad: Tensor, state: State, step: Step, spent: bool) -> Dense:
         b1, b2 = step.betas(self.betas)
@@ -57,7 +51,7 @@ class Lion(Transform):
         return {"beta1": b1, "beta2": b2, "kind": "sign" if self.sign else "none"}
 
     def update_many(self, batch: list[Work]) -> list[Work]:
-        return [work for work in batch if not (self._native(work) or self._quantised(work))]
+        return [work for work in super().update_many(batch) if not self._quantised(work)]
 
     def _native(self, work: Work) -> bool:
         return one_pass(native_light.lion_, work, ("exp_avg",), **self._numbers(work.step))

@@ -6,20 +6,20 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from tare.core.checks import check_betas, check_choice
-from tare.core.delta import Delta, Dense
+from tare.core.delta import Dense
 from tare.core.leaf import Leaf
 from tare.core.state import State
-from tare.core.transform import Sharding, StateSpec, Step, Transform, Work
+from tare.core.transform import Sharding, StateSpec, Step, Work
 from tare.kernels import native_light
 from tare.rules.maps import Orthogonal, PostMap, UnitNorm
 from tare.rules.matrices import as_matrix, interpolate
-from tare.rules.one_pass import direction, map_numbers, one_pass
+from tare.rules.one_pass import OnePass, direction, map_numbers, one_pass
 
 Size = Literal["rms", "unit"]
 
 
 @dataclass(frozen=True)
-class LionKappa(Transform):
+class LionKappa(OnePass):
     """U = size * post(b1 M + (1-b1) G), post the gradient of K; then M = b2 M + (1-b2) G.
 
     With decay wd the iterates solve min f(W) + K*(wd W) / wd: post sign keeps |W|_inf, unit norm |W|_F, orthogonal the
@@ -56,15 +56,6 @@ class LionKappa(Transform):
         if isinstance(self.post, UnitNorm):
             return float(rows * columns) ** 0.5
         return float(max(rows, columns)) ** 0.5 if isinstance(self.post, Orthogonal) else 1.0
-
-    def update(self, grad: Tensor, state: State, step: Step, compressed: Tensor | None = None) -> Delta:
-        return self._direction(grad, state, step, spent=False)
-
-    def consume(self, grad: Tensor, state: State, step: Step) -> Dense:
-        return self._direction(grad, state, step, spent=True)
-
-    def update_many(self, batch: list[Work]) -> list[Work]:
-        return [work for work in batch if not self._native(work)]
 
     def _native(self, work: Work) -> bool:
         own = self._numbers(work.step)

@@ -4,18 +4,43 @@ The kernels are in `kernels/native_light.py`.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tare.core.delta import Delta
 from tare.core.random import make_key
+from tare.core.state import State
 from tare.core.storage import LOW
-from tare.core.transform import Work
+from tare.core.transform import Step, Transform, Work
 from tare.kernels import library
 from tare.kernels.calls import FLOATS
 from tare.kernels.plain_light import Write
 from tare.rules.maps import DeadZone, Huber, PostMap, Sign
+
+
+@dataclass(frozen=True)
+class OnePass(Transform):
+    """Rules whose direction is `_direction(grad, state, step, spent)`, and that step a whole leaf by `_native(work)` where they can."""
+
+    def update(self, grad: Tensor, state: State, step: Step, compressed: Tensor | None = None) -> Delta:
+        return self._direction(grad, state, step, spent=False)
+
+    def consume(self, grad: Tensor, state: State, step: Step) -> Delta:
+        return self._direction(grad, state, step, spent=True)
+
+    def update_many(self, batch: list[Work]) -> list[Work]:
+        return [work for work in batch if not self._native(work)]
+
+    def _direction(self, grad: Tensor, state: State, step: Step, spent: bool) -> Delta:
+        """U, moments stepped. spent: nobody reads the gradient afterwards, so U may take its memory."""
+        raise NotImplementedError
+
+    def _native(self, work: Work) -> bool:
+        """Step a leaf in one pass; False where that cannot be, and nothing was touched."""
+        raise NotImplementedError
 
 
 def map_numbers(post: PostMap | None) -> dict[str, Any] | None:

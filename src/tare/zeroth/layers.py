@@ -13,8 +13,9 @@ from tare.core.errors import InputError
 from tare.core.leaf import Leaf
 from tare.core.state import State
 from tare.core.transform import StateSpec
-from tare.zeroth.directions import Draw, Law
+from tare.zeroth.directions import Draw
 from tare.zeroth.probes import Asking, Estimate, Probe, away
+from tare.zeroth.wrapped import Wrapped
 
 SCALE = "layer_scale"  # in the state of a leaf: the bits of a float64, since state is tensors and ints, and this is read at every use
 ALONE = 1 << 40  # member ALONE + k moves layer k only
@@ -51,24 +52,15 @@ def from_bits(bits: int) -> float:
 
 
 @dataclass(frozen=True)
-class LayerScaled(Law):
+class LayerScaled(Wrapped):
     """z / c where a loss is evaluated, and c z (`variance`) or z (`expectation`) where the gradient is put together.
 
     Variance-modified: the mean is the gradient, as without scales. Expectation-modified: the mean is that of layer l over c_l, the
     gradient normalised where c_l is its norm. layers: names of all layers, for members that move one of them alone.
     """
 
-    law: Law
     layers: tuple[str, ...]
     expectation: bool = False
-
-    @property
-    def partial(self) -> bool:  # type: ignore[override]
-        return self.law.partial
-
-    @property
-    def reads_weight(self) -> bool:  # type: ignore[override]
-        return self.law.reads_weight
 
     @property
     def fuses(self) -> bool:  # type: ignore[override]
@@ -77,17 +69,11 @@ class LayerScaled(Law):
     def spec(self, leaf: Leaf) -> dict[str, StateSpec]:
         return {**self.law.spec(leaf), SCALE: StateSpec((), "count", init=float(to_bits(1.0)))}
 
-    def prepare(self, draw: Draw, state: State, weight: Tensor) -> None:
-        self.law.prepare(draw, state, weight)
-
     def learn(self, leaf: Leaf, state: State, kept: Mapping[str, float]) -> None:
         self.law.learn(leaf, state, kept)
         key = scale_key(self.layers.index(layer_of(leaf.name)))
         if key in kept:
             state[SCALE] = to_bits(kept[key])
-
-    def draw(self, draw: Draw, state: State, weight: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        return self.law.draw(draw, state, weight, start, stop)
 
     def add_(self, target: Tensor, draw: Draw, state: State, weight: Tensor, scale: float, start: int = 0) -> None:
         self.gather_(target, [(draw, scale)], state, weight, start)
@@ -117,9 +103,6 @@ class LayerScaled(Law):
 
     def update(self, leaf: Leaf, state: State) -> float:
         return self.law.update(leaf, state) * (1.0 if self.expectation else from_bits(state[SCALE]))
-
-    def factor(self, leaf: Leaf) -> float:
-        return self.law.factor(leaf)
 
     def describe(self) -> str:
         return f"{self.law.describe()}, scaled by layer ({'expectation' if self.expectation else 'variance'})"

@@ -16,14 +16,15 @@ from tare.core.state import State
 from tare.core.tensors import is_fake
 from tare.core.transform import StateSpec
 from tare.zeroth.bitmasks import pack_bits, packed_numel, unpack_bits
-from tare.zeroth.directions import Draw, Law, spans
+from tare.zeroth.directions import Draw, spans
+from tare.zeroth.wrapped import Wrapped
 
 Mask = Literal["dynamic", "constant", "random"]
 THRESHOLD, BITS, READY = "mask_threshold", "mask_bits", "mask_ready"
 
 
 @dataclass(frozen=True)
-class Masked(Law):
+class Masked(Wrapped):
     """m z, m_i = 1 where |theta_i| <= h: V = d + 2 of the d elements that are kept, on m g (Gaussian).
 
     h is the magnitude below which a share of 1 - sparsity of the leaf lies, halfway to the next one; found once, before the first step.
@@ -44,7 +45,6 @@ class Masked(Law):
     (27.0, 'gaussian on the 25% smallest')
     """
 
-    law: Law
     sparsity: float = 0.75
     mask: Mask = "dynamic"
     leaves: Match = "*"
@@ -55,10 +55,6 @@ class Masked(Law):
         check_choice("mask", self.mask, ("dynamic", "constant", "random"))
         for name, value in (self.thresholds or {}).items():
             check_number(f"threshold of {name}", value, 0.0, inclusive=True)
-
-    @property
-    def partial(self) -> bool:  # type: ignore[override]
-        return self.law.partial
 
     @property
     def reads_weight(self) -> bool:  # type: ignore[override]
@@ -151,17 +147,6 @@ class Masked(Law):
 
     def write_(self, target: Tensor, terms: Sequence[tuple[Draw, float]], **how: Any) -> None:
         self.law.write_(target, terms, **how)  # only where nothing is left out
-
-    # -- the rest is the law's -----------------------------------------------------------------------------------------
-
-    def learn(self, leaf: Leaf, state: State, kept: Mapping[str, float]) -> None:
-        self.law.learn(leaf, state, kept)
-
-    def perturbation(self, leaf: Leaf, state: State) -> float:
-        return self.law.perturbation(leaf, state)
-
-    def update(self, leaf: Leaf, state: State) -> float:
-        return self.law.update(leaf, state)
 
     def factor(self, leaf: Leaf) -> float:
         return self.law.factor(replace(leaf, shape=(self.kept(leaf),)) if self.masks(leaf) else leaf)

@@ -13,13 +13,11 @@ from torch import Tensor
 
 from tare.core.checks import check_number, check_whole
 from tare.core.errors import InputError
-from tare.core.leaf import Leaf
-from tare.core.state import State
-from tare.core.transform import StateSpec
-from tare.zeroth.directions import Draw, Law, spans
+from tare.zeroth.directions import Draw, spans
 from tare.zeroth.memory import Moved
 from tare.zeroth.optimizer import ForwardOptimizer
 from tare.zeroth.probes import THETA, Asking, Estimate, Point, Term
+from tare.zeroth.wrapped import Redrawn
 
 Pair = tuple[float, float]
 Rows = tuple[tuple[float, ...], ...]
@@ -28,43 +26,13 @@ SPREAD: tuple[Pair, ...] = ((-1.0, 0.0), (0.0, -1.0), (1.0, 1.0))  # with 0, e1 
 
 
 @dataclass(frozen=True)
-class Held(Law):
+class Held(Redrawn):
     """`law`, whose directions stay for `period` steps; 0: for good."""
 
-    law: Law
     period: int = 1
 
-    @property
-    def partial(self) -> bool:  # type: ignore[override]
-        return self.law.partial
-
-    @property
-    def reads_weight(self) -> bool:  # type: ignore[override]
-        return self.law.reads_weight
-
-    def held(self, draw: Draw) -> Draw:
-        """The direction under the number of its period."""
+    def meant(self, draw: Draw) -> Draw:
         return replace(draw, step=draw.step // self.period if self.period else 0)
-
-    def spec(self, leaf: Leaf) -> dict[str, StateSpec]:
-        return self.law.spec(leaf)
-
-    def prepare(self, draw: Draw, state: State, weight: Tensor) -> None:
-        self.law.prepare(self.held(draw), state, weight)
-
-    def draw(self, draw: Draw, state: State, weight: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        return self.law.draw(self.held(draw), state, weight, start, stop)
-
-    def add_(self, target: Tensor, draw: Draw, state: State, weight: Tensor, scale: float, start: int = 0) -> None:
-        self.law.add_(target, self.held(draw), state, weight, scale, start)
-
-    def gather_(
-        self, target: Tensor, terms: Sequence[tuple[Draw, float]], state: State, weight: Tensor, start: int = 0
-    ) -> None:
-        self.law.gather_(target, [(self.held(draw), scale) for draw, scale in terms], state, weight, start)
-
-    def factor(self, leaf: Leaf) -> float:
-        return self.law.factor(leaf)
 
     def describe(self) -> str:
         return f"{self.law.describe()}, held for {self.period} steps" if self.period != 1 else self.law.describe()
@@ -282,7 +250,7 @@ class PlaneOptimizer(ForwardOptimizer):
 
 def _held(leaf: Moved, member: int) -> Draw:
     law = leaf.directed.law
-    return law.held(leaf.draw(member)) if isinstance(law, Held) else leaf.draw(member)
+    return law.meant(leaf.draw(member)) if isinstance(law, Held) else leaf.draw(member)
 
 
 def gram(leaves: Sequence[Moved], count: int) -> Tensor:

@@ -89,11 +89,9 @@ def away(member: int, coefficient: float) -> Point:
 
 
 @dataclass(frozen=True)
-class TwoSided:
-    """delta_j = (f(theta + eps z_j) - f(theta - eps z_j)) / (2 eps) for n members; the gradient is the mean of delta_j z_j.
-
-    SPSA (Spall 1992), as in MeZO (arXiv 2305.17333). mean: False sums instead, so that the learning rate need not grow with n.
-    """
+class Sampled:
+    """What probes of n directions share. eps: how far the points stand off. mean: False sums the directions' estimates instead, so that the
+    learning rate need not grow with n. coefficients: what is made of the derivatives."""
 
     eps: float = 1e-3
     n: int = 1
@@ -104,10 +102,22 @@ class TwoSided:
         check_number("eps", self.eps, 0.0)
         check_whole("n", self.n, 1)
 
+    def found(self, deltas: list[float]) -> Estimate:
+        """The estimate, given the derivative along each direction."""
+        return Estimate(mean_of(self.coefficients(deltas), self.n if self.mean else 1), deltas)
+
+
+@dataclass(frozen=True)
+class TwoSided(Sampled):
+    """delta_j = (f(theta + eps z_j) - f(theta - eps z_j)) / (2 eps) for n members; the gradient is the mean of delta_j z_j.
+
+    SPSA (Spall 1992), as in MeZO (arXiv 2305.17333).
+    """
+
     def ask(self, step: int, kept: Mapping[str, float]) -> Asking:
         values = yield [away(j, sign * self.eps) for j in range(self.n) for sign in (1.0, -1.0)]
         deltas = [(values[2 * j] - values[2 * j + 1]) / (2.0 * self.eps) for j in range(self.n)]
-        return Estimate(mean_of(self.coefficients(deltas), self.n if self.mean else 1), deltas)
+        return self.found(deltas)
 
     @property
     def evaluations(self) -> float:
@@ -118,22 +128,13 @@ class TwoSided:
 
 
 @dataclass(frozen=True)
-class OneSided:
+class OneSided(Sampled):
     """delta_j = (f(theta + eps z_j) - f(theta)) / eps: n + 1 evaluations, biased by eps / 2 times the curvature along z_j."""
-
-    eps: float = 1e-3
-    n: int = 1
-    mean: bool = True
-    coefficients: Coefficients = PLAIN
-
-    def __post_init__(self) -> None:
-        check_number("eps", self.eps, 0.0)
-        check_whole("n", self.n, 1)
 
     def ask(self, step: int, kept: Mapping[str, float]) -> Asking:
         here, *values = yield [THETA, *(away(j, self.eps) for j in range(self.n))]
         deltas = [(value - here) / self.eps for value in values]
-        return Estimate(mean_of(self.coefficients(deltas), self.n if self.mean else 1), deltas)
+        return self.found(deltas)
 
     @property
     def evaluations(self) -> float:

@@ -3,7 +3,6 @@
 Weights do not return to where they were after +eps, -2 eps, +eps, and updates below half a unit in the last place are lost.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -13,34 +12,13 @@ from tare.core.delta import Delta, Dense
 from tare.core.leaf import Leaf
 from tare.core.state import State
 from tare.core.transform import StateSpec, Step, Transform
-from tare.zeroth.directions import Draw, Law, spans
+from tare.zeroth.directions import Draw, spans
+from tare.zeroth.wrapped import Wrapped
 
 
 @dataclass(frozen=True)
-class RoundedTwice(Law):
+class RoundedTwice(Wrapped):
     """`law`, whose directions are rounded to the dtype of what they are added to, multiplied, rounded, added, and rounded again."""
-
-    law: Law
-
-    @property
-    def partial(self) -> bool:  # type: ignore[override]
-        return self.law.partial
-
-    @property
-    def reads_weight(self) -> bool:  # type: ignore[override]
-        return self.law.reads_weight
-
-    def spec(self, leaf: Leaf) -> dict[str, StateSpec]:
-        return self.law.spec(leaf)
-
-    def prepare(self, draw: Draw, state: State, weight: Tensor) -> None:
-        self.law.prepare(draw, state, weight)
-
-    def learn(self, leaf: Leaf, state: State, kept: Mapping[str, float]) -> None:
-        self.law.learn(leaf, state, kept)
-
-    def draw(self, draw: Draw, state: State, weight: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        return self.law.draw(draw, state, weight, start, stop)
 
     def add_(self, target: Tensor, draw: Draw, state: State, weight: Tensor, scale: float, start: int = 0) -> None:
         flat = target.view(-1) if target.is_contiguous() and self.partial else None
@@ -51,15 +29,6 @@ class RoundedTwice(Law):
         for first, last in spans(flat.numel()):
             z = self.draw(draw, state, weight, start + first, start + last)
             flat[first:last].add_(z.to(weight.dtype).mul(scale).to(flat.dtype))
-
-    def perturbation(self, leaf: Leaf, state: State) -> float:
-        return self.law.perturbation(leaf, state)
-
-    def update(self, leaf: Leaf, state: State) -> float:
-        return self.law.update(leaf, state)
-
-    def factor(self, leaf: Leaf) -> float:
-        return self.law.factor(leaf)
 
     def describe(self) -> str:
         return f"{self.law.describe()}, rounded as published"

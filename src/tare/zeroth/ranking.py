@@ -12,17 +12,15 @@ from torch import Tensor
 
 from tare.core.checks import check_choice, check_number, check_whole
 from tare.core.errors import InputError
-from tare.core.leaf import Leaf
 from tare.core.random import make_key
 from tare.core.release import rehearsal
-from tare.core.state import State
-from tare.core.transform import StateSpec
-from tare.zeroth.directions import Draw, Law
+from tare.zeroth.directions import Draw
 from tare.zeroth.inforward import InForward, ReadElsewhere
 from tare.zeroth.memory import Moved
 from tare.zeroth.population import PopulationOptimizer
 from tare.zeroth.probes import THETA, Asking, Estimate, Point, Term, away
 from tare.zeroth.record import KEPT
+from tare.zeroth.wrapped import Redrawn
 
 
 class Question(list[Point]):
@@ -124,57 +122,14 @@ class Ranking:
 
 
 @dataclass(frozen=True)
-class Recalling(Law):
+class Recalling(Redrawn):
     """`law`, whose member b m + i is member i of b steps ago."""
 
-    law: Law
     m: int
 
-    @property
-    def partial(self) -> bool:  # type: ignore[override]
-        return self.law.partial
-
-    @property
-    def reads_weight(self) -> bool:  # type: ignore[override]
-        return self.law.reads_weight
-
-    def _former(self, draw: Draw) -> Draw:
+    def meant(self, draw: Draw) -> Draw:
         back, member = divmod(draw.member, self.m)
         return replace(draw, step=draw.step - back, member=member)
-
-    def spec(self, leaf: Leaf) -> dict[str, StateSpec]:
-        return self.law.spec(leaf)
-
-    def prepare(self, draw: Draw, state: State, weight: Tensor) -> None:
-        self.law.prepare(draw, state, weight)
-
-    def draw(self, draw: Draw, state: State, weight: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        return self.law.draw(self._former(draw), state, weight, start, stop)
-
-    def add_(self, target: Tensor, draw: Draw, state: State, weight: Tensor, scale: float, start: int = 0) -> None:
-        self.law.add_(target, self._former(draw), state, weight, scale, start)
-
-    def gather_(
-        self, target: Tensor, terms: Sequence[tuple[Draw, float]], state: State, weight: Tensor, start: int = 0
-    ) -> None:
-        by_step: dict[int, list[tuple[Draw, float]]] = {}
-        for draw, scale in terms:
-            former = self._former(draw)
-            by_step.setdefault(former.step, []).append((former, scale))
-        for own in by_step.values():
-            self.law.gather_(target, own, state, weight, start)
-
-    def perturbation(self, leaf: Leaf, state: State) -> float:
-        return self.law.perturbation(leaf, state)
-
-    def update(self, leaf: Leaf, state: State) -> float:
-        return self.law.update(leaf, state)
-
-    def factor(self, leaf: Leaf) -> float:
-        return self.law.factor(leaf)
-
-    def describe(self) -> str:
-        return self.law.describe()
 
 
 class Candidate:

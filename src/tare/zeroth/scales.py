@@ -4,7 +4,7 @@ Found are `QuantizedLinear` layers, tensors made of codes and scales (`Int8Weigh
 `scales` beside whole numbers (GPTQ's and AQLM's layers of other packages).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tare.core.errors import InputError
-from tare.core.leaf import Leaf
 from tare.core.state import State
-from tare.core.transform import StateSpec
-from tare.zeroth.directions import Draw, Law
+from tare.zeroth.directions import Draw
 from tare.zeroth.memory import Site
 from tare.zeroth.quantized import QuantizedLinear
+from tare.zeroth.wrapped import Wrapped
 
 KNOWN = (
     "QuantizedLinear (tare.quantize_linear_), Int8Weight (tare.quantize_weights_), torchao tensors with scales of their own, modules with "
@@ -149,42 +148,19 @@ def _holds_codes(tensor: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class Relative(Law):
+class Relative(Wrapped):
     """theta z: each number is perturbed and stepped by a share of itself, theta (1 + eps z) and theta (1 - lr delta z).
 
-    A 4-bit scale of weights near 0.05 is 7e-3, so an absolute perturbation of 1e-3 is no small one.
+    A 4-bit scale of weights near 0.05 is 7e-3, so an absolute perturbation of 1e-3 is no small one. V is that of the gradient with
+    respect to the logarithm.
     """
 
-    law: Law
-
-    @property
-    def partial(self) -> bool:  # type: ignore[override]
-        return self.law.partial
-
     reads_weight = True
-
-    def spec(self, leaf: Leaf) -> dict[str, StateSpec]:
-        return self.law.spec(leaf)
-
-    def prepare(self, draw: Draw, state: State, weight: Tensor) -> None:
-        self.law.prepare(draw, state, weight)
 
     def draw(self, draw: Draw, state: State, weight: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         stop = draw.leaf.numel if stop is None else stop
         z = self.law.draw(draw, state, weight, start, stop)
         return z * weight.reshape(-1)[start:stop].to(z.dtype)
-
-    def learn(self, leaf: Leaf, state: State, kept: Mapping[str, float]) -> None:
-        self.law.learn(leaf, state, kept)
-
-    def perturbation(self, leaf: Leaf, state: State) -> float:
-        return self.law.perturbation(leaf, state)
-
-    def update(self, leaf: Leaf, state: State) -> float:
-        return self.law.update(leaf, state)
-
-    def factor(self, leaf: Leaf) -> float:
-        return self.law.factor(leaf)  # of the gradient with respect to the logarithm
 
     def describe(self) -> str:
         return f"{self.law.describe()}, relative"
