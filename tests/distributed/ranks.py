@@ -1,6 +1,6 @@
 """Ranks: real processes in one gloo group, kept alive for many small checks, since starting one costs more than most of them.
 
-`ranks.run("work_x", "function", key=value)` calls `work_x.function(rank, size, key=value)` on every rank and gives back the list of results.
+`ranks.run("work_x", "function", key=value)` calls `work_x.function(rank, size, key=value)` on all ranks and returns their results.
 """
 
 import gc

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tare.core.checks import check_choice, check_number, check_whole
 from tare.core.errors import InputError
+from tare.core.shard.layout import is_sharded, local, summed
 
 Mode = Literal["previous", "two-pass"]
 MODES = ("previous", "two-pass")
@@ -38,7 +39,10 @@ class Clipped:
 
 
 def squared_norm(tensor: Tensor) -> Tensor:
-    """The squared Euclidean norm as a 0-d tensor, fp32 or wider, without a temporary of the tensor's size."""
+    """The squared Euclidean norm as a 0-d tensor, fp32 or wider, without a temporary of the tensor's size. Of a DTensor that of the
+    whole: its ranks send each other one number."""
+    if is_sharded(tensor):
+        return summed(squared_norm(local(tensor)), tensor)
     wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
     if tensor.ndim > 1 and not tensor.is_contiguous():
         tensor = tensor.mT  # the norm is the same, and gradients of transposed weights lie in memory like this

@@ -6,7 +6,7 @@ State is flat: `state[p]` holds tensors and ints, allocated when the optimizer i
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,14 +16,19 @@ from tare.core import loading
 from tare.core.accounting import Breakdown, Row, explain
 from tare.core.checks import check_betas, check_number, check_whole
 from tare.core.clipping import NotFinite
+from tare.core.entry import Entry
 from tare.core.errors import InputError
 from tare.core.int8_weight import Int8Weight
 from tare.core.kept import kept_as
 from tare.core.leaf import Leaf, Role, as_groups, normalise_group
+from tare.core.projected import Projecting
+from tare.core.random import shifted
 from tare.core.recipe import Recipe
 from tare.core.release import Release, Releasing
-from tare.core.state import State, allocate
-from tare.core.storage import LOW, MASTER, Slot, Storage
+from tare.core.shard import sharding
+from tare.core.shard.layout import is_sharded, local
+from tare.core.shard.sharding import Sharding
+from tare.core.storage import LOW, MASTER, Storage
 from tare.core.tensors import is_fake
 from tare.core.transform import Step, Transform, Work
 from tare.core.turns import UPDATES, Turns, wake
@@ -32,33 +37,7 @@ from tare.kernels import gemm, native
 from tare.kernels.triton import dispatch
 
 
-@dataclass
-class Entry:
-    """One parameter as the engine knows it."""
-
-    leaf: Leaf
-    transform: Transform
-    slots: dict[str, Slot]
-    decay: Any
-    key: str
-    why: str
-    group: dict[str, Any]
-    phase: float = 0.0
-    name_key: str = ""  # `key` before anything is added to it
-    rotating: Transform | None = None  # where the leaf takes turns: what gives `transform` its phases
-
-    @property
-    def phases(self) -> tuple[Transform, ...]:
-        """Whatever may ever act on the leaf."""
-        return (self.transform,) if self.rotating is None else (self.rotating.turn(True), self.rotating.turn(False))
-
-    @property
-    def projects(self) -> bool:
-        """Whether micro-batches in release mode leave something smaller than the gradient."""
-        return self.transform.accumulates and type(self.transform).compress is not Transform.compress
-
-
-class Optimizer(Releasing, torch.optim.Optimizer):
+class Optimizer(Releasing, Projecting, torch.optim.Optimizer):
     """Steps every leaf with the transform that the recipe gives it.
 
     Args:
@@ -95,6 +74,8 @@ class Optimizer(Releasing, torch.optim.Optimizer):
         self._used: set[int] = set()
         self._release: Release | None = None
         self._turns: Turns | None = None
+        self._sharding = Sharding()
+        self._held = {}
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -111,9 +92,10 @@ class Optimizer(Releasing, torch.optim.Optimizer):
                 "storage.weight: 'int8' steps int8 weights, and there are none; call tare.quantize_weights_(model) "
                 "before the optimizer is built"
             )
-        self._arrange_turns()
+        self._settle()
         self.init_state()
         if release:
+            self._sharding.check_release(self._entries.values())
             self._release = Release(self._step_in_backward)
             self._release.attach(self._entries)
         if self._turns:
@@ -143,7 +125,7 @@ class Optimizer(Releasing, torch.optim.Optimizer):
         self._entries.update(fresh)
         self._spread_phases()
         if getattr(self, "_ready", False):
-            self._arrange_turns()
+            self._settle()
             self.init_state()
             if self._release:
                 self._release.attach(fresh)
@@ -185,8 +167,10 @@ class Optimizer(Releasing, torch.optim.Optimizer):
             fresh[p] = Entry(leaf, transform, slots, recipe.decay, key, why, group, name_key=key, rotating=rotating)
         return fresh
 
-    def _arrange_turns(self) -> None:
-        """(Re)form the blocks of leaves that take turns, if any do."""
+    def _settle(self) -> None:
+        """Place leaves that ranks share, and (re)form the blocks of those that take turns."""
+        places = {p: entry for p, entry in self._entries.items() if is_sharded(p) and entry.place is None}
+        self._sharding.settle(places, self.storage)
         if self._turns is None and any(entry.rotating for entry in self._entries.values()):
             self._turns = Turns(self._entries, self.param_groups, self.storage)
         if self._turns:
@@ -210,7 +194,7 @@ class Optimizer(Releasing, torch.optim.Optimizer):
         for p, entry in self._entries.items():
             trained = p.requires_grad or (self._turns is not None and p in self._turns.off)
             if p not in self.state and trained and not p.is_meta:
-                self.state[p] = allocate(entry.slots, p.device)
+                self.state[p] = sharding.fresh(entry, p)
 
     def _raw(self, p: Tensor, entry: Entry) -> dict[str, Any]:
         if tuple(p.shape) != entry.leaf.shape or p.dtype != entry.leaf.dtype:
@@ -219,7 +203,7 @@ class Optimizer(Releasing, torch.optim.Optimizer):
                 f"{entry.leaf.shape} {entry.leaf.dtype}; build the optimizer after the model is resized or cast"
             )
         if p not in self.state:
-            self.state[p] = allocate(entry.slots, p.device)
+            self.state[p] = sharding.fresh(entry, p)
         raw: dict[str, Any] = self.state[p]
         for name, value in raw.items():
             if isinstance(value, Tensor) and value.device != p.device:
@@ -239,7 +223,7 @@ class Optimizer(Releasing, torch.optim.Optimizer):
         turning = self._turns.worst(listed) if self._turns else {}
         entries = self._entries
         return [
-            turning.get(p) or Row(entries[p].leaf, entries[p].transform, entries[p].slots, entries[p].why)
+            turning.get(p) or Row(entries[p].leaf, entries[p].transform, entries[p].held, entries[p].why)
             for p in listed
         ]
 
@@ -274,6 +258,7 @@ class Optimizer(Releasing, torch.optim.Optimizer):
             notes.append(f"weights: {self.storage.weight}")
         if frozen := len(self._entries) - len(self._rows()):
             notes.append(f"frozen, without state: {frozen}")
+        notes += self._sharding.describe(self._entries.values())
         if self._turns:
             notes += self._turns.describe()
         if self._release:
@@ -315,8 +300,11 @@ class Optimizer(Releasing, torch.optim.Optimizer):
             for p, _ in ready:
                 self._step_released(p)
             fault = self._release.clipping.end()
+        self.drop_projections(all_leaves=True)
         if self._turns:
             self._turns.advance(self.state)
+        if self._release:
+            self._release.ended()
         self.stepped()
         if fault:
             raise NotFinite(fault)
@@ -329,31 +317,63 @@ class Optimizer(Releasing, torch.optim.Optimizer):
     def _update(self, ready: Iterable[tuple[Tensor, dict[str, Any]]], compressed: Tensor | None = None) -> None:
         by_transform: dict[int, list[Work]] = defaultdict(list)
         transforms: dict[int, Transform] = {}
+        owned: list[tuple[Tensor, dict[str, Any], Entry]] = []
         for p, group in ready:
             entry = self._entries[p]
             if p.numel() == 0 or entry.transform.rests:
                 continue
-            work = self._work(p, entry, group, compressed)
+            if entry.place is not None and not entry.place.lies:
+                owned.append((p, group, entry))
+                continue
+            part = self._take_projection(p) if p in self._held else compressed
+            work = self._work(p, entry, group, part)
             if self._turns:
                 self._turns.observe(work, p)
-            by_transform[id(entry.transform)].append(work)
-            transforms[id(entry.transform)] = entry.transform
+            if work.weight.numel():  # a rank may have no row of a leaf
+                by_transform[id(entry.transform)].append(work)
+                transforms[id(entry.transform)] = entry.transform
+        coupled = {id(entry.transform) for _, _, entry in owned if entry.transform.together}
+        company = {number: by_transform.pop(number) for number in coupled & by_transform.keys()}
         for number, batch in by_transform.items():
-            transform = transforms[number]
-            fused: list[Work] = []
-            alone: list[Work] = []
-            for work in batch:
-                # no fused kernel adds wd W to the gradient, and few write any form of weight
-                writes = work.kept is None or work.kept.form in transform.fuses
-                (fused if writes and not work.coupled else alone).append(work)
-            for work in alone + transform.update_many(fused):
-                update_leaf(transform, work)
+            self._step_batch(transforms[number], batch)
+        if owned:
+            self._sharding.step(owned, company, self._whole_work, self._step_batch, self._gradient, self._count)
+
+    @staticmethod
+    def _step_batch(transform: Transform, batch: list[Work]) -> None:
+        if transform.together:  # however the weight is kept: alone they would be stepped otherwise
+            own = transform.listen_many(batch)
+            return transform.update_told(batch, own, own)
+        fused: list[Work] = []
+        alone: list[Work] = []
+        for work in batch:
+            # no fused kernel adds wd W to the gradient, and few write any form of weight
+            writes = work.kept is None or work.kept.form in transform.fuses
+            (fused if writes and not work.coupled else alone).append(work)
+        for work in alone + transform.update_many(fused):
+            update_leaf(transform, work)
+
+    def _count(self, p: Tensor) -> None:
+        """Another rank steps this leaf."""
+        self._raw(p, self._entries[p])["step"] += 1
+        if self._turns:
+            self._turns.moved()
+
+    def _whole_work(self, p: Tensor, entry: Entry, group: dict[str, Any], weight: Tensor, grad: Tensor) -> Work:
+        """The part of a leaf that ranks share and this one steps, from all its rows."""
+        if self._turns:
+            self._turns.moved()
+        return self._work(p, entry, group, whole=(weight, grad))
 
     def _work(
-        self, p: Tensor, entry: Entry, group: dict[str, Any], compressed: Tensor | None = None, *, ahead: bool = False
-    ) -> Work:
-        """One leaf's part in the step that begins; ahead: in the coming one, which is not counted yet."""
-        grad = self._gradient(p)
+        self, p: Tensor, entry: Entry, group: dict[str, Any], compressed: Tensor | None = None, *, ahead: bool = False,
+        whole: tuple[Tensor, Tensor] | None = None,
+    ) -> Work:  # fmt: skip
+        """One leaf's part in the step that begins, or of it this rank's rows; ahead: in the coming one, which is not counted yet.
+
+        whole: weight and gradient, where they come from all ranks.
+        """
+        grad = local(self._gradient(p)) if whole is None else whole[1]
         if grad.is_sparse:
             raise InputError(
                 f"{entry.leaf.name}: sparse gradients are not supported; build the embedding with sparse=False"
@@ -363,13 +383,18 @@ class Optimizer(Releasing, torch.optim.Optimizer):
         if not ahead:
             raw["step"] = count
         step = self._step_of(p, entry, group, count)
-        state = State(raw, entry.slots, key=step.random_key(step.count, "state"))
         weight = p.detach() if p.requires_grad and not is_fake(p) else p
+        offset = 0
+        if entry.place is not None:
+            weight = local(weight) if whole is None else whole[0]
+            offset = entry.place.mesh.offset if entry.place.lies else 0
+            step = replace(step, leaf=entry.place.leaf(entry.leaf), weight=weight)
+        state = sharding.view(entry, raw, shifted(step.random_key(step.count, "state"), offset))
         form, half = self.storage.weight, p.dtype == torch.float16
         rounded = form == "stochastic" if half else form != "plain" and p.dtype == torch.bfloat16
         rounded = rounded or isinstance(p, Int8Weight)
-        noise = step.random_key(step.count, "weight") if rounded else None
-        kept = kept_as(weight, raw.get(LOW), noise, raw.get(MASTER))
+        noise = shifted(step.random_key(step.count, "weight"), offset) if rounded else None
+        kept = kept_as(weight, state.raw.get(LOW), noise, state.raw.get(MASTER))
         decay = float(group["weight_decay"])
         step = replace(step, kept=kept) if kept is not None else step
         return Work(weight, grad, state, step, decay, entry.decay, group["maximize"], compressed, noise, kept)
@@ -388,8 +413,10 @@ class Optimizer(Releasing, torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; in release mode also what micro-batches have gathered so far is dropped."""
         super().zero_grad(set_to_none)
+        self.drop_projections(all_leaves=True)
         if self._release:
             self._release.gathering.clear()
+            self._release.forget()
 
     def close(self) -> None:
         """Remove the release hooks, and give leaves that rest their gradients back."""
@@ -422,6 +449,8 @@ class Optimizer(Releasing, torch.optim.Optimizer):
             if raw is not None:
                 entry = self._entries[p]
                 slots = self._turns.slots(p, raw) if self._turns and entry.rotating else entry.slots
+                if entry.place is not None:
+                    raw, slots = entry.place.take(raw), slots if entry.place.lies else entry.place.slots(slots)
                 loading.check_leaf(entry.leaf, slots, raw)
                 loaded[p] = {name: loading.place(value, p.device) for name, value in raw.items()}
         if self._turns:

@@ -15,7 +15,9 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from tare.core.tensors import is_fake
 from tare.kernels.paper import few
-from tare.kernels.rounding import hash32, mix32
+from tare.kernels.rounding import hash32, mix32, offset_of, shifted
+
+__all__ = ["bits", "make_key", "normal", "shifted"]
 
 _CHUNK = 1 << 18  # elements mixed at once: keeps the int64 temporaries at 2 MiB
 _MASK = 0xFFFFFFFF
@@ -27,8 +29,9 @@ def make_key(seed: int, name: str, number: int = 0) -> int:
     >>> make_key(0, "w", 1) != make_key(0, "w", 2)
     True
     """
-    text = f"{seed}\x00{name}\x00{number}".encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+    text = f"{int(seed)}\x00{name}\x00{number}".encode()
+    key = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+    return shifted(key, offset_of(seed))  # what is drawn from a piece's key belongs to the same piece
 
 
 def _mix(x: Tensor) -> Tensor:

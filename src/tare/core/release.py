@@ -7,6 +7,7 @@ gradients are never all there is `core.clipping`.
 import math
 import random
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,10 @@ class Release:
     def __init__(self, step: Callable[[Tensor], None]):
         self._step = step
         self._handles: list[Any] = []
-        self.accumulating = False
+        self._paused = False
+        self.more: Callable[[], bool] | None = None  # told by a loop that is not ours
+        self.done: set[Tensor] = set()  # leaves stepped since the last `step()`
+        self.again = self._warned = False  # one of them twice; and that has been said
         self.gathering = Gathering()
         self.clipping: Clipping | None = None
 
@@ -45,13 +49,39 @@ class Release:
             handle.remove()
         self._handles.clear()
 
+    @property
+    def accumulating(self) -> bool:
+        """Whether more micro-batches of the step follow the one whose backward runs now."""
+        return self._paused or (self.more is not None and self.more())
+
     @contextmanager
     def pause(self) -> Iterator[None]:
-        before, self.accumulating = self.accumulating, True
+        before, self._paused = self._paused, True
         try:
             yield
         finally:
-            self.accumulating = before
+            self._paused = before
+
+    def note(self, p: Tensor) -> None:
+        """A leaf is stepped. One that comes again begins a new step."""
+        self.again = self.again or p in self.done
+        self.done.add(p)
+
+    def ended(self) -> None:
+        """At the end of `step()`. Warns, once, where backward stepped leaves more than once before it."""
+        if self.again and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "release: backward ran more than once before step(), and each time it stepped; put every backward of a step but the last "
+                "into optimizer.accumulating(), or tell by optimizer.accumulate_while() which those are",
+                stacklevel=5,
+            )
+        self.forget()
+
+    def forget(self) -> None:
+        """No leaf is stepped yet."""
+        self.done.clear()
+        self.again = False
 
 
 @contextmanager
@@ -99,6 +129,7 @@ class Releasing:
         elif self._release.accumulating:
             self._gather(p)
         else:
+            self._release.note(p)
             self._step_released(p)
 
     def _gather(self, p: Tensor) -> None:
@@ -323,12 +354,29 @@ class Releasing:
         if self._release is None:
             yield
             return
+        self._require_accumulation()
+        with self._release.pause():
+            yield
+
+    def accumulate_while(self, more: Callable[[], bool] | None) -> None:
+        """Every backward for which `more()` is true counts as one inside `accumulating`: for a loop that is somebody else's, and knows.
+
+        Only release mode needs it; elsewhere it does nothing. None: no longer.
+
+        Raises:
+            InputError: as `accumulating`.
+        """
+        if self._release is not None:
+            if more is not None:
+                self._require_accumulation()
+            self._release.more = more
+
+    def _require_accumulation(self) -> None:
+        assert self._release is not None
         clipping = self._release.clipping
         by_previous = clipping is not None and clipping.max_norm is not None and clipping.mode == "previous"
         if reason := self.accumulation_refused(by_previous):
             raise InputError(reason)
-        with self._release.pause():
-            yield
 
     def accumulation_refused(self, by_previous: bool = False) -> str:
         """Why release mode cannot step on several micro-batches, in one line; empty where it can.

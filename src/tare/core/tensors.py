@@ -13,7 +13,8 @@ from tare.kernels import native_norms, plain_norms
 def is_fake(tensor: Tensor) -> bool:
     """True for tensors without data (fake or meta): data-dependent branches must take the ordinary way."""
     if is_traceable_wrapper_subclass(tensor):
-        return any(is_fake(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+        parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        return any(is_fake(part) for part in parts if isinstance(part, Tensor))  # a DTensor lists its mesh too
     return isinstance(tensor, FakeTensor) or tensor.is_meta
 
 

@@ -150,6 +150,7 @@ class Transform:
     drawn: bool = False  # whether what a due step computes is drawn from a key, so that it needs no gradient
     recalls: int | None = 0  # gradients of former steps that it wants to be told again (`Step.past`); None: all of them
     proportional: float | None = None  # U = this x G and no state, where that is all: then nobody needs G itself
+    together: ClassVar[bool] = False  # whether leaves that are stepped together share numbers: then see `listen_many`
     rests: ClassVar[bool] = False  # whether a leaf under it is left alone: neither stepped nor decayed nor counted
     rotation: "Rotation | None" = None  # leaves under an equal one take turns in being active: see `core.blocks`
 
@@ -168,6 +169,14 @@ class Transform:
     def update_many(self, batch: list[Work]) -> list[Work]:
         """Step what a fused kernel can take, weights included; return the rest for `update`."""
         return batch
+
+    def listen_many(self, batch: list[Work]) -> list[float]:
+        """Of a transform with `together`: take in the gradients of a step, and say what others must know of each leaf."""
+        raise NotImplementedError
+
+    def update_told(self, batch: list[Work], own: list[float], everyone: list[float]) -> None:
+        """Then step these leaves. own: what `listen_many` found of them. everyone: the same of all leaves, wherever they are stepped."""
+        raise NotImplementedError
 
     def resolve(self, leaf: Leaf) -> tuple["Transform", str]:
         """The transform that really acts on `leaf`, and why."""

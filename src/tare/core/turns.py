@@ -16,7 +16,7 @@ from tare.core.accounting import Row
 from tare.core.blocks import ALWAYS, Rotation
 from tare.core.errors import CheckpointError, InputError
 from tare.core.orders import Turn
-from tare.core.state import allocate
+from tare.core.shard import sharding
 from tare.core.storage import LOW, MASTER, Slot, Storage
 from tare.core.transform import StateSpec, Transform, Work
 
@@ -184,7 +184,7 @@ class Turns:
                 carried[p] = {name: old[name] for name in lasting if name in old and name in entry.slots}
                 old.clear()
         for p, kept in carried.items():
-            state[p] = {**allocate(self._entries[p].slots, p.device), **kept}
+            state[p] = {**sharding.fresh(self._entries[p], p), **kept}
 
     def _key(self, wheel: Wheel, p: Tensor) -> str:
         """The name by which a leaf draws random numbers: its count starts anew with every turn, its numbers must not."""
@@ -195,10 +195,14 @@ class Turns:
 
     def observe(self, work: Work, p: Tensor) -> None:
         """A leaf is about to be stepped."""
-        self._moved = True
+        self.moved()
         wheel = next((wheel for wheel in self.wheels if p in wheel.block), None)
         if wheel is not None and wheel.rotation.order.scored and wheel.block[p] is not None and work.compressed is None:
             wheel.rotation.order.observe(work.grad, work.state.raw)
+
+    def moved(self) -> None:
+        """A leaf is about to be stepped, here or on another rank."""
+        self._moved = True
 
     def advance(self, state: dict[Tensor, dict[str, Any]]) -> None:
         """The end of an update, at which a turn may begin. Nothing happens where no leaf was stepped."""
@@ -295,7 +299,8 @@ class Turns:
         entry = self._entries[p]
         transform, slots = self.phase(p, active)
         why = {None: "never trained", ALWAYS: "always on"}.get(wheel.block[p], "on" if active else "off")
-        return Row(entry.leaf, transform, slots, f"{why}; {entry.why}" if entry.why else why)
+        kept = slots if entry.place is None else entry.place.slots(slots)
+        return Row(entry.leaf, transform, kept, f"{why}; {entry.why}" if entry.why else why)
 
     def _heaviest(self, wheel: Wheel, weights: Mapping[str, int], first: str | None = None) -> list[str]:
         """The selection of the largest total weight that ever comes, among those with block `first` if given."""

@@ -89,6 +89,7 @@ def noise(key: int | None, start: int, numel: int) -> Noise | None:
     """None when the elements' indices cross a multiple of 2^32, where the hash's base changes: left to the twin."""
     if key is None:
         return Noise(0, 0, 0)
+    start += rounding.offset_of(key)
     if start < 0 or start >> 32 != (start + numel - 1) >> 32:
         return None
     return Noise(rounding.base(key, start >> 32), 1, start & rounding.MASK)

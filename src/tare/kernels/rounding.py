@@ -30,6 +30,30 @@ def mix32(x: int) -> int:
     return x ^ (x >> 16)
 
 
+class ShiftedKey(int):
+    """A key for a piece of a tensor: what it gives for element i is what the plain key gives for element `offset` + i."""
+
+    offset: int = 0
+
+
+def shifted(key: int, offset: int) -> int:
+    """The key as a piece of a tensor uses it that begins at element `offset`.
+
+    >>> bool((hash32(shifted(7, 5), 0, 3) == hash32(7, 5, 3)).all())
+    True
+    """
+    if offset == 0:
+        return key
+    found = ShiftedKey(key)
+    found.offset = offset_of(key) + offset
+    return found
+
+
+def offset_of(key: int | None) -> int:
+    """Elements before the piece that a key belongs to."""
+    return key.offset if isinstance(key, ShiftedKey) else 0
+
+
 def base(key: int, high: int = 0) -> int:
     """The number that element indices are added to: the key hashed first, then the index's bits above 32.
 
@@ -80,6 +104,7 @@ def hash32(key: int, start: int, n: int, device: torch.device | str = "cpu") -> 
     """
     if start < 0 or n < 0:
         raise ValueError(f"start and n must not be negative, got {start} and {n}")
+    start += offset_of(key)
     out = torch.empty(n, dtype=torch.int32, device=device)
     done = 0
     for high, low, count in _segments(start, n):

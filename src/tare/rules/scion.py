@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from tare.core.checks import check_betas, check_number
+from tare.core.clipping import numbers_of
 from tare.core.delta import Delta, Dense
 from tare.core.lazy import Mapped
 from tare.core.leaf import Leaf
@@ -82,6 +82,7 @@ class Lanton(Transform):
     alpha: float = 1e-3
     scale: float = 1.0
     sharding: ClassVar[Sharding] = "matrix"
+    together: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_betas(self.betas)
@@ -111,27 +112,32 @@ class Lanton(Transform):
         found: Tensor = state["noise"]
         return found
 
-    def rates(self, noise: list[float]) -> list[float]:
-        """sqrt(a_l / a_max) of each; a NaN is its own affair."""
-        quiet = [self.alpha / math.sqrt(self.alpha**2 + h) for h in noise]
-        most = max((a for a in quiet if not math.isnan(a)), default=1.0)
-        return [math.sqrt(a / most) for a in quiet]
+    def rates(self, own: list[float], everyone: list[float]) -> list[float]:
+        """sqrt(a_l / a_max) of one's own leaves, a_max over everyone's; a NaN is its own affair."""
+        most = max((a for a in map(self._quiet, everyone) if not math.isnan(a)), default=1.0)
+        return [math.sqrt(self._quiet(h) / most) for h in own]
+
+    def _quiet(self, noise: float) -> float:
+        return self.alpha / math.sqrt(self.alpha**2 + noise)
 
     def update(self, grad: Tensor, state: State, step: Step, compressed: Tensor | None = None) -> Delta:
         """One leaf by itself: its noise is noted, and changes nothing."""
         self.listen(grad, state, step)
         return self._inner(1.0, step).update(grad, state, step)
 
-    def update_many(self, batch: list[Work]) -> list[Work]:
+    def listen_many(self, batch: list[Work]) -> list[float]:
         noise = [self.listen(w.grad.neg() if w.maximize else w.grad, w.state, w.step) for w in batch]
         if any(is_fake(h) for h in noise):
-            numbers = [0.0] * len(noise)
-        elif len({(h.device, h.dtype) for h in noise}) == 1:
-            numbers = torch.stack(noise).tolist()  # one synchronisation
-        else:
-            numbers = [float(h) for h in noise]
-        for work, rate in zip(batch, self.rates(numbers), strict=True):
+            return [0.0] * len(noise)
+        return numbers_of(noise)
+
+    def update_told(self, batch: list[Work], own: list[float], everyone: list[float]) -> None:
+        for work, rate in zip(batch, self.rates(own, everyone), strict=True):
             update_leaf(self._inner(rate, work.step), work)
+
+    def update_many(self, batch: list[Work]) -> list[Work]:
+        own = self.listen_many(batch)
+        self.update_told(batch, own, own)
         return []
 
     def _inner(self, ratio: float, step: Step) -> "Scion":

@@ -140,6 +140,7 @@ def seed_of(key: int | None, start: int, numel: int) -> int | None:
     """The first element's argument of the hash; None when the indices cross a multiple of 2^32, where the hash's base changes."""
     if key is None:
         return 0
+    start += rounding.offset_of(key)
     if start < 0 or start >> 32 != (start + numel - 1) >> 32:
         return None
     x = (rounding.base(key, start >> 32) + start) & rounding.MASK

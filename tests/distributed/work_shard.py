@@ -1,0 +1,132 @@
+"""What the ranks do for `test_shard`."""
+
+import math
+import traceback
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+import tare
+from tare.core.errors import InputError
+from tare.core.southwell import Greedy
+from tare.core.storage import Storage
+from tare.testing import sharded
+from tare.testing.subject import Net, Subject, batch, leaves
+
+
+def equal(
+    rank: int, size: int, keys: list[str], form: str = "", dtype: str = "float32", weight: str = "plain"
+) -> dict[str, Any]:
+    """key -> bytes, or the fault."""
+    storage = sharded.forms()[form] if form else Storage(weight=weight)  # type: ignore[arg-type]
+    found: dict[str, Any] = {}
+    mesh = sharded.mesh_of(size)
+    for key in keys:
+        try:
+            found[key] = sharded.check_equals_one_process(key, mesh, storage, getattr(torch, dtype))
+        except Exception as fault:
+            found[key] = traceback.format_exc() if not isinstance(fault, AssertionError) else f"AssertionError {fault}"
+    return found
+
+
+def loads(rank: int, size: int, keys: list[str]) -> dict[str, str]:
+    """key -> the fault, of those that have one."""
+    faults = {}
+    for key in keys:
+        try:
+            sharded.check_goes_on_after_loading(key, sharded.mesh_of(size))
+        except Exception:
+            faults[key] = traceback.format_exc()
+    return faults
+
+
+def sent(rank: int, size: int, key: str) -> dict[str, int]:
+    """All-to-alls of a step, and the bytes that this rank gives to others, beside what the leaves say."""
+    mesh = sharded.mesh_of(size)
+    named = sharded.cut(leaves(sharded.NAMES), mesh)
+    optimizer = Subject(key).build(named)
+    sharded.drive_cut(optimizer, named, mesh, 0, 1)
+    calls: list[int] = []
+    real = dist.all_to_all_single
+
+    def counted(out: Any, given: Any, out_sizes: list[int], in_sizes: list[int], **options: Any) -> Any:
+        calls.append(sum(n for to, n in enumerate(in_sizes) if to != rank))
+        return real(out, given, out_sizes, in_sizes, **options)
+
+    dist.all_to_all_single = counted
+    try:
+        with CommDebugMode() as seen:
+            sharded.drive_cut(optimizer, named, mesh, 1, 2)
+    finally:
+        dist.all_to_all_single = real
+    places = [
+        entry.place
+        for entry in optimizer._entries.values()
+        if entry.leaf.numel and entry.place is not None and not entry.place.lies
+    ]
+    owners = [place.owner for place in places]
+    predicted = 0
+    for place in places:
+        width, layout = math.prod(place.mesh.shape[1:]), place.mesh.layout
+        rows = layout.counts
+        mine = (
+            sum(rows) - rows[rank] if place.mine else 2 * rows[rank]
+        )  # the weight back; gradient and weight to the owner
+        predicted += 4 * width * mine
+    others = {
+        str(op): n
+        for op, n in seen.get_comm_counts().items()
+        if "alltoall" not in str(op) and "all_to_all" not in str(op)
+    }
+    assert not {op for op in others if "scatter" not in op and "broadcast" not in op}, (
+        others
+    )  # those cut the test's own gradients
+    return {
+        "calls": len(calls), "bytes": sum(calls), "predicted": predicted,
+        "rounds": max((owners.count(rank) for rank in range(size)), default=0),
+    } if places else {"calls": len(calls), "bytes": sum(calls)}  # fmt: skip
+
+
+def refusals(rank: int, size: int) -> dict[str, str]:
+    """What each bad use is answered with."""
+    mesh, found = sharded.mesh_of(size), {}
+    named = sharded.cut(leaves(("tall.weight",)), mesh)
+
+    def ask(name: str, use: Any) -> None:
+        try:
+            use()
+            found[name] = "nothing was raised"
+        except InputError as fault:
+            found[name] = str(fault)
+
+    ask("release", lambda: tare.GaLore(named, lr=1e-3, rank=2, release=True))
+    columns = nn.Parameter(distribute_tensor(torch.ones(6, 4), mesh, [Shard(1)]))
+    ask("columns", lambda: tare.AdamW([("w", columns)], lr=1e-3))
+    ask("greedy", lambda: tare.BAdam(named, lr=1e-3, order=Greedy()))
+    return found
+
+
+def fully_sharded(rank: int, size: int, keys: list[str]) -> dict[str, float]:
+    """key -> largest gap between weights trained by FSDP2 on parts of a batch, and by one process on all of it."""
+    mesh, gaps = sharded.mesh_of(size), {}
+    tokens, targets = batch()
+    share = slice(rank * len(tokens) // size, (rank + 1) * len(tokens) // size)
+    for key in keys:
+        alone, net = Net().double(), Net().double()
+        for child in (net.up, net.down):
+            fully_shard(child, mesh=mesh)
+        fully_shard(net, mesh=mesh)
+        first, second = (Subject(key).build(each, weight_decay=0.1) for each in (alone, net))
+        for _ in range(5):
+            for model, optimizer, part in ((alone, first, slice(None)), (net, second, share)):
+                optimizer.zero_grad()
+                (model(tokens[part]) - targets[part]).square().mean().backward()
+                optimizer.step()
+        pairs = zip(alone.parameters(), net.parameters(), strict=True)
+        gaps[key] = max(float((a - b.full_tensor()).abs().max()) for a, b in pairs)
+    return gaps
