@@ -51,12 +51,17 @@ def test_saved_state_is_taken_up_by_ranks_from_ranks_and_from_one_process(ranks2
     assert ranks2.run("work_shard", "loads", keys=KEYS) == [{}, {}]
 
 
-def test_what_a_step_sends(ranks2: Ranks) -> None:
-    """Nothing for leaves stepped where they lie; for owned ones gradient and weight to the owner, and the weight back."""
-    for sent in ranks2.run("work_shard", "sent", key="adamw"):
-        assert sent == {"calls": 0, "bytes": 0}
-    for sent in ranks2.run("work_shard", "sent", key="muon"):
-        assert sent == sent | {"calls": sent["rounds"] * 3, "bytes": sent["predicted"]}
+@pytest.mark.parametrize(
+    ("key", "apart"), [("adamw", 0), ("muon", 0), ("galore", 5), ("apollo-mini", 8), ("lanton", 0)]
+)
+def test_what_a_step_sends(ranks2: Ranks, key: str, apart: int) -> None:
+    """Nothing for leaves stepped where they lie; sums of projections for those taken apart; for owned ones gradient and weight to the
+    owner, and the weight back."""
+    for sent in ranks2.run("work_shard", "sent", key=key):
+        assert sent["calls"] == sent["calls_predicted"]
+        assert sent["bytes"] == sent["predicted"]
+        assert sent["apart"] == apart
+        assert (sent["bytes"] == 0) == (key == "adamw")
 
 
 def test_what_cannot_be_is_refused_in_one_line(ranks2: Ranks) -> None:

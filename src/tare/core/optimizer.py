@@ -28,6 +28,7 @@ from tare.core.release import Release, Releasing
 from tare.core.shard import sharding
 from tare.core.shard.layout import is_sharded, local
 from tare.core.shard.sharding import Sharding
+from tare.core.shard.side import Side
 from tare.core.storage import LOW, MASTER, Storage
 from tare.core.tensors import is_fake
 from tare.core.transform import Step, Transform, Work
@@ -337,7 +338,7 @@ class Optimizer(Releasing, Projecting, torch.optim.Optimizer):
         for number, batch in by_transform.items():
             self._step_batch(transforms[number], batch)
         if owned:
-            self._sharding.step(owned, company, self._whole_work, self._step_batch, self._gradient, self._count)
+            self._sharding.step(owned, company, Side(self))
 
     @staticmethod
     def _step_batch(transform: Transform, batch: list[Work]) -> None:
@@ -353,32 +354,20 @@ class Optimizer(Releasing, Projecting, torch.optim.Optimizer):
         for work in alone + transform.update_many(fused):
             update_leaf(transform, work)
 
-    def _count(self, p: Tensor) -> None:
-        """Another rank steps this leaf."""
-        self._raw(p, self._entries[p])["step"] += 1
-        if self._turns:
-            self._turns.moved()
-
-    def _whole_work(self, p: Tensor, entry: Entry, group: dict[str, Any], weight: Tensor, grad: Tensor) -> Work:
-        """The part of a leaf that ranks share and this one steps, from all its rows."""
-        if self._turns:
-            self._turns.moved()
-        return self._work(p, entry, group, whole=(weight, grad))
-
     def _work(
         self, p: Tensor, entry: Entry, group: dict[str, Any], compressed: Tensor | None = None, *, ahead: bool = False,
-        whole: tuple[Tensor, Tensor] | None = None,
+        whole: tuple[Tensor, Tensor] | None = None, raw: dict[str, Any] | None = None,
     ) -> Work:  # fmt: skip
         """One leaf's part in the step that begins, or of it this rank's rows; ahead: in the coming one, which is not counted yet.
 
-        whole: weight and gradient, where they come from all ranks.
+        whole: weight and gradient, where they come from all ranks. raw: in the place of the leaf's state.
         """
         grad = local(self._gradient(p)) if whole is None else whole[1]
         if grad.is_sparse:
             raise InputError(
                 f"{entry.leaf.name}: sparse gradients are not supported; build the embedding with sparse=False"
             )
-        raw = self._raw(p, entry)
+        raw = self._raw(p, entry) if raw is None else raw
         count = raw["step"] + 1
         if not ahead:
             raw["step"] = count
@@ -458,6 +447,7 @@ class Optimizer(Releasing, Projecting, torch.optim.Optimizer):
         for group, saved in zip(self.param_groups, theirs, strict=True):
             group.update(copy.deepcopy({k: v for k, v in saved.items() if k not in ("params", "param_names")}))
         self.state = defaultdict(dict, loaded)
+        self._sharding.forget()
         if self._turns:
             self._turns.recall(loaded)
         self.init_state()

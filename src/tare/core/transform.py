@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from tare.core.blocks import Rotation
     from tare.core.delta import Delta
     from tare.core.kept import Kept
+    from tare.core.shard.apart import Apart
     from tare.core.state import State
+    from tare.core.storage import Slot
 
 Kind = Literal["moment", "basis", "exact", "count"]
 Sharding = Literal["elementwise", "rows", "columns", "matrix"]
@@ -150,6 +152,7 @@ class Transform:
     drawn: bool = False  # whether what a due step computes is drawn from a key, so that it needs no gradient
     recalls: int | None = 0  # gradients of former steps that it wants to be told again (`Step.past`); None: all of them
     proportional: float | None = None  # U = this x G and no state, where that is all: then nobody needs G itself
+    reads_weight: bool = False  # whether U depends on W beside the gradient
     together: ClassVar[bool] = False  # whether leaves that are stepped together share numbers: then see `listen_many`
     rests: ClassVar[bool] = False  # whether a leaf under it is left alone: neither stepped nor decayed nor counted
     rotation: "Rotation | None" = None  # leaves under an equal one take turns in being active: see `core.blocks`
@@ -177,6 +180,10 @@ class Transform:
     def update_told(self, batch: list[Work], own: list[float], everyone: list[float]) -> None:
         """Then step these leaves. own: what `listen_many` found of them. everyone: the same of all leaves, wherever they are stepped."""
         raise NotImplementedError
+
+    def apart(self, leaf: Leaf, slots: "dict[str, Slot]") -> "Apart | None":
+        """How a leaf whose rows lie on several ranks is stepped from what each says of its rows; None where it must come together."""
+        return None
 
     def resolve(self, leaf: Leaf) -> tuple["Transform", str]:
         """The transform that really acts on `leaf`, and why."""

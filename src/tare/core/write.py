@@ -26,10 +26,10 @@ def update_leaf(transform: Transform, work: Work) -> None:
         grad = work.grad.view(-1)
         update_pieces(transform, work, lambda start, stop: grad[start:stop])
         return
-    grad = _seen(work.grad, work, 0, work.weight.numel())
+    grad = seen(work.grad, work, 0, work.weight.numel())
     compressed = work.compressed.neg() if work.maximize and work.compressed is not None else work.compressed
     delta = transform.update(grad, work.state, work.step, compressed)
-    write(_shape(work, delta), delta, work, 0)
+    write(shape_of(work, delta), delta, work, 0)
     work.state.flush()
 
 
@@ -49,18 +49,18 @@ def update_pieces(transform: Transform, work: Work, gradient: Callable[[int, int
     for start in range(0, work.weight.numel(), size):
         stop = min(start + size, work.weight.numel())
         state = work.state.part(start, stop)
-        delta = transform.update(_seen(gradient(start, stop), work, start, stop), state, work.step)
+        delta = transform.update(seen(gradient(start, stop), work, start, stop), state, work.step)
         write((stop - start,), delta, work, start)
         state.flush()
 
 
 def prepare_leaf(transform: Transform, work: Work, whole: bool) -> None:
     """What a due step does first with the gradient, ahead of the step: see `Transform.prepare`."""
-    transform.prepare(_seen(work.grad, work, 0, work.weight.numel()), work.state, work.step, whole)
+    transform.prepare(seen(work.grad, work, 0, work.weight.numel()), work.state, work.step, whole)
     work.state.flush()
 
 
-def _seen(grad: Tensor, work: Work, start: int, stop: int) -> Tensor:
+def seen(grad: Tensor, work: Work, start: int, stop: int) -> Tensor:
     """The gradient as the rule sees it: negated to ascend, and with wd W added where decay is coupled."""
     if work.maximize:
         grad = grad.neg()
@@ -74,7 +74,7 @@ def _seen(grad: Tensor, work: Work, start: int, stop: int) -> Tensor:
     return grad.to(dtype).add(weight.to(dtype), alpha=work.weight_decay)
 
 
-def _shape(work: Work, delta: Delta) -> tuple[int, ...]:
+def shape_of(work: Work, delta: Delta) -> tuple[int, ...]:
     """The shape in which the delta is written: its own where the weight has such a view (convolutions are matrices to low-rank
     rules)."""
     leaf = work.step.leaf

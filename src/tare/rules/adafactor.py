@@ -41,6 +41,10 @@ class Adafactor(Transform):
     sharding: ClassVar[Sharding] = "matrix"
     accumulates: ClassVar[bool] = True  # dense leaves simply keep their gradient between micro-batches
 
+    @property
+    def reads_weight(self) -> bool:  # type: ignore[override]
+        return self.scale_parameter or self.form == "torch"
+
     def __post_init__(self) -> None:
         if not isinstance(self.eps, tuple | list) or len(self.eps) != 2:
             raise InputError(f"Invalid eps: {self.eps!r}; expected a pair such as (1e-30, 1e-3)")

@@ -33,6 +33,10 @@ class Times(Transform):
         return self.rule.sharding
 
     @property
+    def reads_weight(self) -> bool:  # type: ignore[override]
+        return self.rule.reads_weight
+
+    @property
     def fuses(self) -> tuple[str, ...]:  # type: ignore[override]
         return self.rule.fuses
 

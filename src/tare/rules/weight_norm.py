@@ -49,6 +49,10 @@ class WeightNorm(Transform):
 
     sharding: ClassVar[Sharding] = "matrix"
 
+    @property
+    def reads_weight(self) -> bool:  # type: ignore[override]
+        return True
+
     def __post_init__(self) -> None:
         check_choice("axis", self.axis, ("row", "column"))
         check_choice("form", self.form, ("paper", "code"))

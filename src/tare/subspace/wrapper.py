@@ -17,11 +17,12 @@ from tare.core.errors import InputError
 from tare.core.lazy import Mapped
 from tare.core.leaf import Leaf
 from tare.core.state import State
-from tare.core.storage import Storage
+from tare.core.storage import Slot, Storage
 from tare.core.tensors import column_norms, healthy, matrix_norms
 from tare.core.transform import Sharding, StateSpec, Step, Transform
 from tare.kernels import gemm
 from tare.rules.maps import PostMap
+from tare.subspace.apart import RowSteps, taken_apart
 from tare.subspace.bases import Basis
 from tare.subspace.limiter import NormGrowth
 from tare.subspace.projection import Projection, Side
@@ -179,6 +180,9 @@ class Subspace(Transform):
         m, n = leaf.matrix
         sizes = (m, n) if self.side == "both" else (m,) if self.side_of(m, n) == "left" else (n,)
         return {name: size for length in sizes for name, size in self.basis.shared(length).items()}
+
+    def apart(self, leaf: Leaf, slots: dict[str, Slot]) -> RowSteps | None:
+        return taken_apart(self, leaf, slots)
 
     # -- the step --------------------------------------------------------------------------------------------------
 

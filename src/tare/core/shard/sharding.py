@@ -1,29 +1,28 @@
 """Sharding: the optimizer's side of parameters that `fully_shard` has cut. Knows no method: it asks a transform what it must see.
 
-Communication of a step: none for leaves stepped where they lie; for one with an owner its gradient and weight to the owner, and the
-weight back, (N - 1) / N of each over the links: a round for each matrix of the rank that owns most of them, three all-to-alls a round.
+Communication of a step: none for leaves stepped where they lie; small sums for those that can be taken apart (`apart`); for the rest
+gradient and weight to the owner, and the weight back, (N - 1) / N of each over the links: a round for each matrix of the rank that owns
+most of them, three all-to-alls a round.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from tare.core.errors import InputError
 from tare.core.int8_weight import Int8Weight
-from tare.core.shard.exchange import Part, gather, numbers_of_all, scatter
+from tare.core.shard.apart_steps import ApartSteps
 from tare.core.shard.layout import Mesh, local
+from tare.core.shard.owned import Engine, Owned, step_together, step_whole
 from tare.core.shard.places import Place, owned_by, steps_where_it_lies
 from tare.core.state import State, allocate
 from tare.core.storage import Storage
-from tare.core.transform import Transform, Work
+from tare.core.transform import Work
 
 if TYPE_CHECKING:
     from tare.core.optimizer import Entry
-
-MakeWork = Callable[[Tensor, "Entry", dict[str, Any], Tensor, Tensor], Work]  # p, entry, group, weight, gradient
 
 
 class Sharding:
@@ -31,6 +30,7 @@ class Sharding:
 
     def __init__(self) -> None:
         self._loads: dict[Any, list[int]] = {}
+        self._apart = ApartSteps()
 
     # -- places ----------------------------------------------------------------------------------------------------
 
@@ -88,110 +88,38 @@ class Sharding:
         self,
         ready: Sequence[tuple[Tensor, dict[str, Any], "Entry"]],
         company: Mapping[int, list[Work]],
-        make: MakeWork,
-        apply: Callable[[Transform, list[Work]], None],
-        gradient: Callable[[Tensor], Tensor],
-        count: Callable[[Tensor], None],
+        engine: Engine,
     ) -> None:
         """Step leaves that have owners. All ranks call this with the same leaves.
 
         Args:
             ready: parameter, group and entry of each.
             company: by the id of a transform with `together`: leaves that every rank has whole, and that share numbers with these.
-            make: the work of a leaf from its whole weight and gradient.
-            apply: steps whole leaves.
-            gradient: of a parameter.
-            count: counts a step that another rank has taken.
+            engine: the optimizer.
         """
-        by_group: dict[Any, list[_Owned]] = defaultdict(list)
+        by_group: dict[Any, list[Owned]] = defaultdict(list)
         for p, group, entry in ready:
-            assert entry.place is not None
-            assert entry.place.owner is not None
-            by_group[entry.place.mesh.group].append(_Owned(p, group, entry, entry.place, entry.place.owner))
-        for group, listed in by_group.items():
-            together: dict[int, list[_Owned]] = defaultdict(list)
-            alone: list[_Owned] = []
+            by_group[_place(entry).mesh.group].append(Owned.of(p, group, entry))
+        for ranks, listed in by_group.items():
+            together: dict[int, list[Owned]] = defaultdict(list)
+            alone: list[Owned] = []
             for each in listed:
                 (together[id(each.entry.transform)] if each.entry.transform.together else alone).append(each)
-            for some in _rounds(alone):
-                weight, grad = _collect(some, group, gradient)
-                mine = _mine(some)
-                if mine is not None:
-                    assert weight is not None
-                    assert grad is not None
-                    apply(mine.entry.transform, [make(mine.p, mine.entry, mine.group, weight, grad)])
-                _give_back(some, weight, group, count)
+            self._apart.step([each for each in alone if each.apart is not None], ranks, engine)
+            left = [each for each in alone if not each.done]
+            self._apart.forget(each.p for each in left)
+            step_whole(left, ranks, engine)
             for number, coupled in together.items():
-                _step_together(coupled, company.get(number, []), group, make, gradient, count)
+                step_together(coupled, company.get(number, []), ranks, engine)
+
+    def forget(self) -> None:
+        """State has been loaded: what ranks hold beside it is no longer what owners think."""
+        self._apart.forget()
 
 
-@dataclass
-class _Owned:
-    p: Tensor
-    group: dict[str, Any]
-    entry: "Entry"
-    place: Place
-    owner: int
-    rows: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.rows = local(self.p.detach())
-
-    def part(self, rows: Tensor) -> Part:
-        return Part(rows, self.place.mesh.shape, self.place.mesh.layout, self.owner)
-
-
-def _rounds(listed: Sequence[_Owned]) -> list[list[_Owned]]:
-    """At most one leaf of each owner at a time, in the order of the leaves."""
-    by_owner: dict[int, list[_Owned]] = defaultdict(list)
-    for each in listed:
-        by_owner[each.owner].append(each)
-    most = max(map(len, by_owner.values()), default=0)
-    return [[own[number] for own in by_owner.values() if number < len(own)] for number in range(most)]
-
-
-def _mine(some: Sequence[_Owned]) -> _Owned | None:
-    return next((each for each in some if each.place.mine), None)
-
-
-def _collect(
-    some: Sequence[_Owned], group: object, gradient: Callable[[Tensor], Tensor]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Weight and gradient of the leaf that this rank owns."""
-    device = some[0].rows.device
-    weight = gather([each.part(each.rows) for each in some], group, device)
-    grad = gather([each.part(local(gradient(each.p))) for each in some], group, device)
-    return weight, grad
-
-
-def _give_back(some: Sequence[_Owned], weight: Tensor | None, group: object, count: Callable[[Tensor], None]) -> None:
-    scatter([each.part(each.rows) for each in some], weight, group, some[0].rows.device)
-    for each in some:
-        if not each.place.mine:
-            count(each.p)
-
-
-def _step_together(
-    listed: Sequence[_Owned], company: list[Work], group: object, make: MakeWork,
-    gradient: Callable[[Tensor], Tensor], count: Callable[[Tensor], None],
-) -> None:  # fmt: skip
-    """Leaves that share numbers: each owner holds its own ones until everybody's numbers are known."""
-    transform: Transform = listed[0].entry.transform
-    rounds = _rounds(listed)
-    weights, works = [], []
-    for some in rounds:
-        weight, grad = _collect(some, group, gradient)
-        weights.append(weight)
-        if (mine := _mine(some)) is not None:
-            assert weight is not None
-            assert grad is not None
-            works.append(make(mine.p, mine.entry, mine.group, weight, grad))
-    own, beside = transform.listen_many(works), transform.listen_many(company)
-    everyone = [*numbers_of_all(own, group, listed[0].rows.device), *beside]
-    transform.update_told(works, own, everyone)
-    transform.update_told(company, beside, everyone)
-    for some, weight in zip(rounds, weights, strict=True):
-        _give_back(some, weight, group, count)
+def _place(entry: "Entry") -> Place:
+    assert entry.place is not None
+    return entry.place
 
 
 def fresh(entry: "Entry", p: Tensor) -> dict[str, Any]:
