@@ -42,6 +42,13 @@ def test_moments_in_few_bits_are_cut_between_blocks_or_not_at_all(ranks2: Ranks,
     check(ranks2.run("work_shard", "equal", keys=FEW, form=form))
 
 
+def test_a_rule_that_sees_whole_rows_steps_them_where_they_lie(ranks2: Ranks) -> None:
+    for lies in ranks2.run("work_shard", "by_rows"):
+        assert lies["tall.weight"]
+        assert lies["experts.weight"]
+        assert not lies["norm.weight"]  # a vector is one row
+
+
 @pytest.mark.parametrize("weight", ["stochastic", "split24", "master"])
 def test_noise_of_a_weight_is_that_of_its_place_in_the_whole(ranks2: Ranks, weight: str) -> None:
     check(ranks2.run("work_shard", "equal", keys=FEW, dtype="bfloat16", weight=weight))

@@ -13,10 +13,14 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import tare
 from tare.core.errors import InputError
+from tare.core.optimizer import Optimizer
+from tare.core.recipe import Recipe
 from tare.core.southwell import Greedy
 from tare.core.storage import Storage
+from tare.rules.lion_kappa import LionKappa
+from tare.rules.maps import RowNorm
 from tare.testing import sharded
-from tare.testing.subject import Net, Subject, batch, leaves
+from tare.testing.subject import Net, Subject, batch, gradient, leaves, near
 
 
 def equal(
@@ -32,6 +36,22 @@ def equal(
         except Exception as fault:
             found[key] = traceback.format_exc() if not isinstance(fault, AssertionError) else f"AssertionError {fault}"
     return found
+
+
+def by_rows(rank: int, size: int) -> dict[str, bool]:
+    """leaf -> whether it is stepped where it lies, of a rule that sees whole rows; its steps are those of one process."""
+    mesh = sharded.mesh_of(size)
+    names = [name for name in sharded.NAMES if name != "gain"]
+    alone, together = leaves(tuple(names)), sharded.cut(leaves(tuple(names)), mesh)
+    first, second = (Optimizer(each, Recipe((("*", LionKappa(RowNorm())),)), 1e-2) for each in (alone, together))
+    for step in range(3):
+        for name, p in alone:
+            p.grad = gradient(name, step, tuple(p.shape))
+        first.step()
+        sharded.drive_cut(second, together, mesh, step, step + 1)
+    got = {name: p.detach().full_tensor() for name, p in together}
+    near(got, {name: p.detach() for name, p in alone}, 1e-6, "by rows")
+    return {e.leaf.name: e.place.lies for e in second._entries.values() if e.place is not None}
 
 
 def loads(rank: int, size: int, keys: list[str]) -> dict[str, str]:

@@ -53,7 +53,7 @@ class Projecting:
             if transform.sharding == "matrix"
             else "goes element by element through the gradient"
         )
-        return f"{transform.describe()} {whole}"
+        return f"{transform.describe()} {whole}" + (f"; {entry.why}" if entry.why else "")
 
     @torch.no_grad()
     def project_gradient(self, p: Tensor, grad: Tensor) -> Tensor | None:

@@ -384,7 +384,7 @@ class Releasing:
         by_previous: with clipping by the norm of the step before.
         """
         for entry in self._entries.values():
-            whole = [t for t in entry.phases if t.sharding == "matrix" and not t.accumulates]
+            whole = [t for t in entry.phases if t.sharding != "elementwise" and not t.accumulates]
             if whole:
                 return (
                     f"release with accumulation: {whole[0].describe()} scales the raw gradient of "

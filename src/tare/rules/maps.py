@@ -89,6 +89,8 @@ class UnitNorm(PostMap):
 class RowNorm(PostMap):
     """Every row over its root mean square: rows of norm sqrt(n). A vector is one row."""
 
+    sharding: ClassVar[Sharding] = "rows"
+
     def __call__(self, x: Tensor) -> Tensor:
         return _over_rms(x, -1)
 

@@ -29,8 +29,9 @@ def steps_where_it_lies(transforms: Iterable[Transform], slots: Mapping[str, Slo
         size: ranks.
     """
     layout = Layout(leaf.shape[0], size, 0) if leaf.shape else None
-    by_element = all(transform.sharding == "elementwise" for transform in transforms)
-    return by_element and layout is not None and all(_cuts(slot, leaf, layout) for slot in slots.values())
+    cut = ("elementwise", "rows") if len(leaf.shape) > 1 else ("elementwise",)  # a vector is one row
+    by_rows = all(transform.sharding in cut for transform in transforms)
+    return by_rows and layout is not None and all(_cuts(slot, leaf, layout) for slot in slots.values())
 
 
 def _cuts(slot: Slot, leaf: Leaf, layout: Layout) -> bool:
