@@ -2,13 +2,15 @@
 
     python bench/deepzero.py --data FOLDER [--steps 200] [--width 4] [--sparsity 0.9] [--out bench/results/deepzero.json]
 
-FOLDER holds train and test as .npz or .npz.xz with arrays of images and labels. A small convolutional net (two strided convolutions and a
+FOLDER holds train and test as .npz or .npz.xz with arrays of images and labels; images may be files of any kind that Pillow reads, one
+after another, with `offsets` of their beginnings and the end. A small convolutional net (two strided convolutions and a
 linear layer, tanh) is trained on batches drawn from a seed; beside it, from the same start, with momentum SGD on gradients. Timed are steps
 of each way to evaluate the same coordinates: the whole model one coordinate at a time, from the perturbed layer on, and side by side.
 """
 
 import argparse
 import io
+import itertools
 import json
 import lzma
 import os
@@ -30,13 +32,16 @@ WAYS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def load(folder: Path, part: str) -> tuple[Tensor, Tensor]:
-    """Images [n, channels, height, width] in -1 .. 1, and labels [n]."""
+def load(folder: Path, part: str, rows: int = 0) -> tuple[Tensor, Tensor]:
+    """Images [n, channels, height, width] in -1 .. 1, and labels [n]; the first `rows` of them, 0: all."""
     packed, plain = folder / f"{part}.npz.xz", folder / f"{part}.npz"
     if not packed.exists() and not plain.exists():
         raise SystemExit(f"--data: {folder} holds neither {plain.name} nor {packed.name}")
     data = lzma.decompress(packed.read_bytes()) if packed.exists() else plain.read_bytes()
     arrays = dict(numpy.load(io.BytesIO(data)).items())
+    if "offsets" in arrays:
+        arrays = {"images": pictures(arrays, rows), "labels": arrays["labels"]}
+    arrays = {name: array[:rows] if rows else array for name, array in arrays.items()}
     images = next((a for a in arrays.values() if a.ndim in (3, 4)), None)
     labels = next((a for a in arrays.values() if a.ndim == 1 and images is not None and len(a) == len(images)), None)
     if images is None or labels is None:
@@ -47,6 +52,18 @@ def load(folder: Path, part: str) -> tuple[Tensor, Tensor]:
     x = torch.from_numpy(images).float() / 127.5 - 1.0
     x = x.unsqueeze(1) if x.ndim == 3 else x.permute(0, 3, 1, 2) if x.shape[-1] in (1, 3) else x
     return x.contiguous(), torch.from_numpy(labels.astype("int64"))
+
+
+def pictures(arrays: dict[str, Any], rows: int) -> Any:
+    """Packed image files as one array [n, height, width, channels]."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise SystemExit("--data: the images are packed files; install pillow to read them") from None
+    (packed,) = (a for name, a in arrays.items() if a.dtype == numpy.uint8 and a.ndim == 1 and name != "labels")
+    bounds = arrays["offsets"][: rows + 1] if rows else arrays["offsets"]
+    files = (packed[a:b].tobytes() for a, b in itertools.pairwise(bounds.tolist()))
+    return numpy.stack([numpy.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in files])
 
 
 def net_of(x: Tensor, classes: int, width: int, seed: int) -> nn.Sequential:
@@ -170,6 +187,7 @@ def timed(args: argparse.Namespace, data: dict[str, Any]) -> list[dict[str, Any]
 def main(words: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with train and test as .npz or .npz.xz")
+    parser.add_argument("--rows", type=int, default=0, help="images of train, and a fifth as many of test [0: all]")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--width", type=int, default=4, help="channels of the first convolution [4]")
@@ -185,7 +203,7 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--out", default="")
     args = parser.parse_args(words)
     torch.set_num_threads(args.threads)
-    (x, y), (test_x, test_y) = load(args.data, "train"), load(args.data, "test")
+    (x, y), (test_x, test_y) = load(args.data, "train", args.rows), load(args.data, "test", args.rows // 5)
     data = {
         "x": x, "y": y, "test_x": test_x.to(args.device), "test_y": test_y.to(args.device), "classes": int(y.max()) + 1,
     }  # fmt: skip

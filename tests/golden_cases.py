@@ -32,10 +32,15 @@ class Case:
         return self.meta["tolerance_abs"]
 
 
-def load(name: str) -> Case:
-    with safe_open(FOLDER / f"{name}.safetensors", "pt") as file:
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(description, tensors) of a recorded case."""
+    with safe_open(path, "pt") as file:
         meta = json.loads(file.metadata()["case"])
-        return Case(name, meta, {key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+        return meta, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+def load(name: str) -> Case:
+    return Case(name, *read(FOLDER / f"{name}.safetensors"))
 
 
 def names(*prefixes: str) -> list[str]:

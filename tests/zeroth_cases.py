@@ -1,13 +1,12 @@
 """The recorded traces of forward-only methods: their objectives rebuilt from arrays, and a run of any method along them."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from golden_cases import read
 from torch import Tensor, nn
 
 from tare.testing.directions import RecordedDirections
@@ -55,9 +54,7 @@ class Trace:
 
 
 def load(name: str) -> Trace:
-    with safe_open(FOLDER / f"{name}.safetensors", "pt") as file:
-        meta = json.loads(file.metadata()["case"])
-        return Trace(name, meta, {key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+    return Trace(name, *read(FOLDER / f"{name}.safetensors"))
 
 
 class Objective(nn.Module):

@@ -20,6 +20,7 @@ _NAMES = {
     "BAdam": ("tare.methods.badam", "BAdam"),
     "BlackBox": ("tare.zeroth.cut", "BlackBox"),
     "CheckpointError": ("tare.core.errors", "CheckpointError"),
+    "Clients": ("tare.zeroth.clients", "Clients"),
     "Clipped": ("tare.core.clipping", "Clipped"),
     "Compose": ("tare.methods.compose", "Compose"),
     "Consensus": ("tare.methods.consensus", "Consensus"),
@@ -86,10 +87,12 @@ def __getattr__(name: str) -> Any:
     if name in _NAMES:
         module, attribute = _NAMES[name]
         return getattr(importlib.import_module(module), attribute)
+    if name == "hooks":
+        return importlib.import_module("tare.parallel.hooks")
     if name in _ROOMS:
         return importlib.import_module(f"tare.{name}")
     raise AttributeError(f"module 'tare' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_NAMES, *_ROOMS])
+    return sorted([*globals(), *_NAMES, *_ROOMS, "hooks"])

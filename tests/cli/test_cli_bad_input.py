@@ -187,8 +187,16 @@ def judge(code: int, out: str, err: str, expected: int, pattern: str) -> None:
 
 @pytest.mark.parametrize(("line", "code", "pattern"), TABLE, ids=[line for line, _, _ in TABLE])
 def test_one_line_and_nothing_written(
-    tare: Any, fill: Any, files: Path, tmp_path: Path, line: str, code: int, pattern: str
+    tare: Any,
+    fill: Any,
+    files: Path,
+    tmp_path: Path,
+    line: str,
+    code: int,
+    pattern: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as where it is not installed
     argv = fill(line)
     before = snapshot(files)
     outcome = tare(*argv)

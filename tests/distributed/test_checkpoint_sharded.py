@@ -15,7 +15,13 @@ from tare.core.errors import CheckpointError
 from tare.train import checkpoint, integrity, sharded
 
 # block=5: the blocks of int8 state end where rows of the first layer do, so they are cut; those of the others are kept whole by an owner
-METHODS = ("torch", "adamw", "adamw:block=5", "galore:rank=2,period=3", "muon")
+METHODS = (
+    "torch",
+    "adamw:block=5",
+    "galore:rank=2,period=3",
+    pytest.param("adamw", marks=pytest.mark.slow),
+    pytest.param("muon", marks=pytest.mark.slow),
+)
 
 
 def furthest(found: list[list[float]], wanted: list[float]) -> float:

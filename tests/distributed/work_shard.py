@@ -15,6 +15,7 @@ import tare
 from tare.core.errors import InputError
 from tare.core.optimizer import Optimizer
 from tare.core.recipe import Recipe
+from tare.core.shard.apart import apart_for
 from tare.core.southwell import Greedy
 from tare.core.storage import Storage
 from tare.rules.lion_kappa import LionKappa
@@ -85,7 +86,7 @@ def sent(rank: int, size: int, key: str) -> dict[str, int]:
     finally:
         dist.all_to_all_single = real
     entries = [each for each in optimizer._entries.values() if each.leaf.numel and each.place and not each.place.lies]
-    apart = [each.transform.apart(each.leaf, each.slots) for each in entries]
+    apart = [apart_for(each.transform, each.leaf, each.slots, size) for each in entries]
     predicted = calls_predicted = 0
     kinds: dict[Any, list[Any]] = {}  # what shares its rounds
     for each, steps in zip(entries, apart, strict=True):

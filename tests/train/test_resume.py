@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from train_runs import config, fingerprint, finish, kill_after, send, start, wai
 
 from tare.core.errors import CheckpointError
 from tare.kernels import gemm
-from tare.train import metrics
+from tare.train import metrics, tensorfile
 from tare.train.config import RunConfig
 from tare.train.loop import train
 from tare.train.progress import Event, StepDone
@@ -57,11 +58,21 @@ def losses(out: Path) -> list[tuple[int, float]]:
     ]
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_kill_at_any_stage_of_saving_loses_nothing(stage: str, tmp_path: Path, whole: tuple[str, list]) -> None:
+BESIDE = [(stage, "always") for stage in STAGES]
+AT_ONCE = [(stage, "never") for stage in STAGES]
+SHORT = ("after_write:optimizer.safetensors@2", "before_rename@2")
+
+
+@pytest.mark.parametrize(
+    ("stage", "how"),
+    [*BESIDE, *(pytest.param(*case, marks=() if case[0] in SHORT else pytest.mark.slow) for case in AT_ONCE)],
+)
+def test_a_kill_at_any_stage_of_saving_loses_nothing(
+    stage: str, how: str, tmp_path: Path, whole: tuple[str, list]
+) -> None:
     out = tmp_path / "run"
-    assert finish(config(out), fail_at=stage) == -signal.SIGKILL
-    assert finish(config(out, resume=True)) == 0
+    assert finish(config(out, checkpoint_async=how), fail_at=stage) == -signal.SIGKILL
+    assert finish(config(out, checkpoint_async=how, resume=True)) == 0
     assert (fingerprint(out), losses(out)) == whole
     assert not [path for path in out.rglob("*") if ".tmp-" in path.name or path.name == "run.lock"]
 
@@ -120,6 +131,25 @@ def test_a_second_signal_ends_at_once_and_leaves_the_old_checkpoint(tmp_path: Pa
     process.join(5)
     assert process.exitcode == 128 + signal.SIGTERM
     assert finish(config(out, resume=True)) == 0
+    assert (fingerprint(out), losses(out)) == whole
+
+
+def test_a_signal_waits_for_a_save_in_the_background(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: tuple[str, list]
+) -> None:
+    out, real = tmp_path / "run", tensorfile.write
+
+    def slow(*given: Any) -> dict[str, Any]:
+        time.sleep(0.3)
+        return real(*given)
+
+    monkeypatch.setattr(tensorfile, "write", slow)
+    stop_after(4, config(out, checkpoint_async="always"))  # right after the save of step 3 has begun
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-3", "step-4"]
+    saved = [line["step"] for line in metrics.read(out / "metrics.jsonl") if line["event"] == "checkpoint"]
+    assert saved == [3, 4]
+    monkeypatch.undo()
+    train(config(out, resume=True))
     assert (fingerprint(out), losses(out)) == whole
 
 

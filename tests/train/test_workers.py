@@ -112,11 +112,14 @@ def test_what_cannot_be_shared_is_refused_by_the_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "changes", "words"),
     [
-        (
-            "adamw",
-            {},
-            r"method 'adamw' steps with gradients, and workers .* start it without torchrun, or use one of .*mezo",
-        ),
+        ("adamw", {"workers": "data"}, r"train.workers: adamw steps with gradients; set train.parallel"),
+        ("adamw", {"batch": 3}, r"train.batch: 3 sequences do not divide among 2 workers; give a multiple of 2"),
+        ("adamw", {"batch": 1}, r"train.batch: 1 sequences are fewer than the 2 processes .* start at most 1"),
+        ("adamw", {"parallel": "hsdp"}, r"train.shards: missing; .* a divisor of the 2 processes"),
+        ("adamw", {"shards": 3}, r"train.shards: 3 does not divide the 2 processes; allowed: 1, 2"),
+        ("adamw", {"parallel": "ddp", "shards": 2}, r"train.shards: goes with hsdp, not with ddp"),
+        ("mezo", {"parallel": "fsdp"}, r"train.parallel: mezo makes no gradients .* set train.workers"),
+        ("mezo", {"shards": 2}, r"train.shards: mezo makes no gradients"),
         ("zo2", {}, r"method 'zo2' shares no points"),
         ("mezo", {"batch": 3, "workers": "data"}, r"train.batch: 3 sequences do not divide among 2 workers"),
         ("mezo", {"options": {"probe": "one-point"}}, r"2 workers share the points of a step, and mezo asks for 1"),
@@ -126,7 +129,8 @@ def test_what_cannot_be_shared(method: str, changes: dict[str, Any], words: str,
     crew, job = Crew(size=2), config(tmp_path / "run", method, **{**OPTIONS, **changes})
     with pytest.raises(InputError, match=words):
         attach(crew, enlist(job, crew), session.build_optimizer(job, torch.nn.Linear(4, 4)))
-    assert enlist(job, Crew()) is job
+    plain = config(tmp_path / "run", method, **OPTIONS)
+    assert enlist(plain, Crew()) is plain
 
 
 def test_one_process_by_itself_shares_nothing(tmp_path: Path) -> None:

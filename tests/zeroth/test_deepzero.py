@@ -1,4 +1,4 @@
-"""DeepZero: the recorded traces, coordinates against exact gradients, masks, scores, features reused, coordinates side by side."""
+"""DeepZero: the recorded traces, coordinates against exact gradients, masks, scores."""
 
 import copy
 import itertools
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepzero_cases import loss_of, small
 from torch import Tensor, nn
 from zeroth_cases import Trace, load
 
@@ -118,6 +119,56 @@ def test_scores_of_the_trace(name: str) -> None:
         assert mask.equal(t[f"keep.{i}"].bool())
     signed = keep(Grasp(signed=True), found.scores, h["prune_fraction"])
     assert any(not mask.equal(t[f"keep.{i}"].bool()) for i, mask in enumerate(signed))
+
+
+def test_the_released_scores_are_of_a_model_that_drifts() -> None:
+    """The released procedure written out: no evaluation puts the weights back, so directions add up. Other weights are kept."""
+    trace = load("deepzero_zo_grasp_released_f64")
+    h, t, bounds = trace.hyper, trace.tensors, trace.meta["tolerance"]
+    net = net_of(trace)
+    weights = [net.fc1.weight.detach(), net.fc2.weight.detach(), net.fc3.weight.detach()]
+    mu, q = h["mu"], h["q"]
+
+    def loss() -> float:
+        return nn.functional.cross_entropy(net(t["X"]), t["y"]).item()
+
+    def estimate(number: int, drifts: bool) -> tuple[list[Tensor], list[float]]:
+        start, losses = [w.clone() for w in weights], [loss()]
+        total = [torch.zeros_like(w) for w in weights]
+        for j in range(q):
+            z = [(u := t[f"u{number}.{i}"][j]) / (u.norm() + 1e-8) for i in range(3)]
+            for w, x, v in zip(weights, start, z, strict=True):
+                w.copy_((w if drifts else x) + mu * v)
+            losses.append(loss())
+            for g, v in zip(total, z, strict=True):
+                g.add_(v, alpha=(losses[-1] - losses[0]) / q)
+        return total, losses
+
+    first, losses = estimate(0, drifts=True)
+    for w, g in zip(weights, first, strict=True):
+        w.add_(g, alpha=mu)
+    second, more = estimate(1, drifts=False)
+    scores = [-w * (b - a) / mu for w, a, b in zip(weights, first, second, strict=True)]
+    assert torch.tensor(losses).double().sub(t["loss0"]).abs().max() <= 1e-7
+    assert (
+        torch.tensor(losses + more, dtype=torch.float64).sub(torch.cat([t["loss0"], t["loss1"]])).abs().max() <= 2e-13
+    )
+    masks = keep(Grasp(), scores, h["prune_fraction"])
+    for i in range(3):
+        assert (first[i] - t[f"g0.{i}"]).abs().max() <= bounds[f"g0.{i}"]
+        assert (second[i] - t[f"g1.{i}"]).abs().max() <= bounds[f"g1.{i}"]
+        assert (scores[i] - t[f"score.{i}"]).abs().max() <= bounds[f"score.{i}"]
+        assert masks[i].equal(t[f"keep.{i}"].bool())
+    net = net_of(trace)
+    ours = score(
+        Grasp(q, mu, per_tensor=True), [net.fc1.weight, net.fc2.weight, net.fc3.weight],
+        lambda number, j: [t[f"u{number}.{i}"][j] for i in range(3)], loss,
+    )  # fmt: skip
+    assert ours is not None
+    moved = sum(
+        int((a != b).sum()) for a, b in zip(keep(Grasp(), ours.scores, h["prune_fraction"]), masks, strict=True)
+    )
+    assert moved == 6, "of 70"
 
 
 # -- coordinates ----------------------------------------------------------------------------------------------------------
@@ -254,28 +305,6 @@ def test_sixteen_bit_weights_are_divided_by_what_they_went(dtype: torch.dtype) -
 # -- masks ------------------------------------------------------------------------------------------------------------------
 
 
-def small(dtype: torch.dtype = torch.float64) -> nn.Sequential:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return nn.Sequential(
-            nn.Conv2d(1, 3, 3),
-            nn.ReLU(inplace=True),
-            nn.Flatten(),
-            nn.Sequential(nn.Linear(12, 6), nn.Tanh()),
-            nn.Linear(6, 4),
-        ).to(dtype)
-
-
-def batch(t: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(t)
-    return torch.randn(5, 1, 4, 4, generator=generator).to(dtype), torch.randint(4, (5,), generator=generator)
-
-
-def loss_of(net: nn.Module, t: int = 0) -> Tensor:
-    x, y = batch(t, next(net.parameters()).dtype)
-    return nn.functional.cross_entropy(net(x), y)
-
-
 def test_masks_hold_for_a_period_and_then_move() -> None:
     net = small()
     opt = DeepZero(net, 0.1, ratios={"0.weight": 0.5, "3.0.weight": 0.75}, mask_every=2)
@@ -354,156 +383,6 @@ def test_resume_keeps_ratios_and_masks() -> None:
         resumed.step(lambda t=t: loss_of(again, t))
     assert resumed.evaluated - before == 4 * resumed.probe.evaluations + 2
     assert all(p.equal(q) for p, q in zip(net.parameters(), again.parameters(), strict=True))
-
-
-# -- features reused, and coordinates side by side ------------------------------------------------------------------------------
-
-
-def test_features_reused_change_no_bit() -> None:
-    nets, runs = [small(), small()], []
-    for net, reuse in zip(nets, (True, False), strict=True):
-        opt = DeepZero(net, 0.1, sparsity=0.5, q=3, reuse=reuse)
-        count = [0]
-        for module in net.modules():
-            if not isinstance(module, nn.Sequential):
-                module.register_forward_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
-        for t in range(4):
-            opt.step(lambda net=net, t=t: loss_of(net, t))
-        runs.append(count[0])
-        if reuse:
-            assert opt.memory.chain is not None
-            assert not opt.memory.chain.why
-            assert "features reused" in opt.explain()
-    assert all(p.equal(q) for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True))
-    assert runs[0] < 0.8 * runs[1]
-
-
-def test_micro_batches_have_features_of_their_own() -> None:
-    nets = [small(), small()]
-    for net, reuse in zip(nets, (True, False), strict=True):
-        opt = DeepZero(net, 0.1, ratios="uniform", reuse=reuse)
-        for t in range(3):
-            opt.step(lambda net=net, t=t: loss_of(net, 2 * t) + loss_of(net, 2 * t + 1))
-    assert all(p.equal(q) for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True))
-
-
-class Wrapped(nn.Module):
-    """A chain inside of a model with a scale before and a head after it, tied in the middle."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(1)
-            self.scale = nn.Parameter(torch.ones(3, dtype=torch.float64))
-            shared = nn.Linear(3, 3, dtype=torch.float64)
-            self.body = nn.Sequential(nn.Linear(3, 3, dtype=torch.float64), shared, nn.Tanh(), shared)
-            self.head = nn.Linear(3, 2, dtype=torch.float64)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(x * self.scale))
-
-
-@pytest.mark.parametrize("together", [1, 4])
-def test_weights_around_and_twice_in_a_chain(together: int) -> None:
-    nets = [Wrapped(), Wrapped()]
-    x = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    for net, own in zip(nets, ({"together": together}, {"reuse": False}), strict=True):
-        opt = DeepZero(net, 0.1, ratios="uniform", sparsity=0.3, **own)
-        for _ in range(3):
-            opt.step(lambda net=net: net(x).square().mean(1)) if own.get("together") == 4 else opt.step(
-                lambda net=net: net(x).square().mean()
-            )
-    for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
-        assert torch.allclose(p, q, rtol=0, atol=0 if together == 1 else 1e-9)
-
-
-@pytest.mark.parametrize(
-    ("spoiler", "says"),
-    [
-        (nn.Dropout(0.5), "random"), ("input", ""), ("writes", "writes"), ("state", "another one"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_reused_is_run_whole(spoiler: Any, says: str) -> None:
-    """Random numbers, another input at each evaluation, work in place, a module with a memory: the numbers of the whole model."""
-
-    class Writes(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x.mul_(0.5)
-
-    class Counts(nn.Module):
-        calls = 0
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.calls += 1
-            return x * (1.0 + 0.01 * (self.calls % 7))
-
-    def built() -> nn.Sequential:
-        middle = (
-            {"input": nn.Identity(), "writes": Writes(), "state": Counts()}.get(spoiler, spoiler)
-            if isinstance(spoiler, str)
-            else spoiler
-        )
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return nn.Sequential(nn.Linear(3, 4, dtype=torch.float64), middle, nn.Linear(4, 2, dtype=torch.float64))
-
-    x = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    nets, chains = [built(), built()], []
-    for net, reuse in zip(nets, (True, False), strict=True):
-        opt = DeepZero(net, 0.1, ratios="uniform", sparsity=0.3, reuse=reuse)
-        torch.manual_seed(7)
-        calls = itertools.count()
-
-        def closure(net: nn.Module = net, calls: Any = calls) -> Tensor:
-            noisy = x + 0.1 * next(calls) if spoiler == "input" else x
-            return net(noisy).square().mean()
-
-        import warnings
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            for _ in range(2):
-                opt.step(closure)
-        chains.append(opt.memory.chain)
-    assert says in chains[0].why
-    assert bool(chains[0].why) == bool(says)
-    if spoiler != "state":  # whose loss depends on how often it ran
-        assert all(p.equal(q) for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True))
-
-
-@pytest.mark.parametrize("together", [None, 5])
-@pytest.mark.parametrize("chained", [True, False])
-def test_coordinates_side_by_side(chained: bool, together: int | None) -> None:
-    """One forward for many coordinates of a leaf: the losses of one at a time, but for the order of sums."""
-    records: list[list[Record]] = []
-    for told in (True, False):
-        net = small()
-        if not chained:
-            net = nn.ModuleDict({"x": net})  # type: ignore[assignment]
-            inner = net["x"]  # type: ignore[index]
-            net.forward = inner.forward  # type: ignore[method-assign]
-        own: list[Record] = []
-        opt = DeepZero(
-            net,
-            0.1,
-            ratios="uniform",
-            sparsity=0.5,
-            together=together if told else None,
-            reuse=chained,
-            on_step=own.append,
-        )
-        for t in range(2):
-            x, y = batch(t)
-
-            def members(members: Any) -> Tensor:
-                out = net(members.repeat(x))  # noqa: B023
-                return members.mean(nn.functional.cross_entropy(out, members.repeat(y), reduction="none"))  # noqa: B023
-
-            opt.step(members if told else (lambda: nn.functional.cross_entropy(net(x), y)))  # noqa: B023
-        assert opt.together == (together if told else None), "side by side was given up"
-        records.append(own)
-    for one, other in zip(*records, strict=True):
-        assert torch.allclose(torch.tensor(one.deltas), torch.tensor(other.deltas), rtol=0, atol=1e-9)
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""measure: `step` times the optimizer step of every method against torch and other packages; `quality` trains with each
+"""measure: `step` times the optimizer step against torch and others; `quality` trains with each method; `soak` trains for long
 
 One JSON document holds every round or run; the tables in README and docs are made from such files.
 """
@@ -14,10 +14,10 @@ RUN_FLAGS = (
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Adds the two benchmarks, each with its arguments."""
+    """Adds the benchmarks, each with its arguments."""
     from tare.cli import flags
     from tare.cli.parser import Parser
-    from tare.report import bench_quality, bench_step
+    from tare.report import bench_quality, bench_step, soak
 
     class Part(Parser):
         """The parser of one benchmark; argparse makes it."""
@@ -33,7 +33,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     for name in RUN_FLAGS:
         flags.add_one(group, name)
     bench_quality.add_arguments(quality)
-    for part in (step, quality):
+    long = parts.add_parser("soak", help="a long run that must not grow", description=_first_line(soak))
+    group = long.add_argument_group("the run")
+    for name in (*RUN_FLAGS, "--method", "--lr", "--rank", "--release", "--checkpoint-every", "--eval-every"):
+        flags.add_one(group, name)
+    soak.add_arguments(long)
+    for part in (step, quality, long):
         flags.add_switches(part)
 
 
@@ -43,10 +48,12 @@ def _first_line(module: object) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    from tare.report import bench_quality, bench_step
+    from tare.report import bench_quality, bench_step, soak
 
     if args.what == "quality":
         return bench_quality.run_parsed(args)
+    if args.what == "soak":
+        return soak.run_parsed(args)
     if args.settings:
         raise InputError(f"{args.settings[0].where}: no setting of tare bench step; see tare bench step --help")
     return bench_step.run_parsed(args)

@@ -9,12 +9,16 @@ import time
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tare.cli import flags
 from tare.cli.output import console, emit, only_json
 from tare.core.errors import InputError
 from tare.train.config import DataConfig, ModelConfig, RunConfig, RunSection, TrainConfig
 from tare.train.configfile import build, load
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -39,11 +43,36 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Target:
-    """What is evaluated: the model's folder, and the settings of its run (defaults for a bare model)."""
+    """What is evaluated: the model's folder, and the settings of its run (defaults for a bare model). weights: where they are."""
 
     model: Path
     config: RunConfig
     is_run: bool
+    weights: ModelConfig
+
+    @classmethod
+    def of(cls, model: Path, config: RunConfig, is_run: bool) -> "Target":
+        """With the base of an adapter looked up."""
+        from tare.train import adapter_files
+
+        if not adapter_files.is_adapter(model):
+            return cls(model, config, is_run, ModelConfig(str(model)))
+        found = adapter_files.find(model)
+        beside = str(model) if (model / "tokenizer.json").is_file() else None
+        return cls(model, config, is_run, ModelConfig(str(found.base), beside, kind=found.kind or config.model.kind))
+
+    @property
+    def base(self) -> Path:
+        """Where the weights are; `model`, but of an adapter."""
+        return Path(self.weights.name)
+
+    def adapted(self, model: "nn.Module") -> "nn.Module":
+        """The base with the adapter on it; as it is where there is none."""
+        if self.base == self.model:
+            return model
+        from tare.train import adapter_files
+
+        return adapter_files.put_on(model, self.model)
 
 
 def find(given: str | None) -> Target:
@@ -55,12 +84,18 @@ def find(given: str | None) -> Target:
         kind = "is a file" if place.exists() else "no such folder"
         raise InputError(f"{given}: {kind}; expected the folder of a run or of a transformers model")
     if (place / "config.yaml").is_file():
-        if not (place / "model" / "config.json").is_file():
+        if not _holds_model(place / "model"):
             raise InputError(f"{given}: the run has no model yet; finish it: tare train --resume --out {given}")
-        return Target(place / "model", load(place / "config.yaml"), True)
-    if not (place / "config.json").is_file():
-        raise InputError(f"{given}: neither a run (no config.yaml) nor a transformers model (no config.json)")
-    return Target(place, RunConfig(), False)
+        return Target.of(place / "model", load(place / "config.yaml"), True)
+    if not _holds_model(place):
+        raise InputError(
+            f"{given}: neither a run (no config.yaml) nor a transformers model (no config.json) nor an adapter (no adapter_config.json)"
+        )
+    return Target.of(place, RunConfig(), False)
+
+
+def _holds_model(place: Path) -> bool:
+    return (place / "config.json").is_file() or (place / "adapter_config.json").is_file()
 
 
 def run(args: argparse.Namespace) -> int:
@@ -82,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
         device = device_of(given.run.device)
         precision = given.train.precision if "train.precision" in asked else target.config.train.precision
         batch = given.train.batch if "train.batch" in asked else target.config.train.batch
-        shape = config_for(target.model)
+        shape = config_for(target.base)
         positions = getattr(shape, "max_position_embeddings", None) or 1024
         seq = (
             given.data.seq if "data.seq" in asked else target.config.data.seq if target.is_run else min(positions, 1024)
@@ -97,9 +132,9 @@ def run(args: argparse.Namespace) -> int:
         began = time.monotonic()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that evaluation and training data are the same: nothing is trained here
-            tokenizer = given.model.tokenizer or str(target.model)
+            tokenizer = given.model.tokenizer or target.weights.tokenizer or str(target.base)
             corpus = open_corpus(replace(data, seq=2), shape.vocab_size, tokenizer)
-        model = build_model(target.model, dtype="bf16" if precision == "bf16" else "fp32", device=device)
+        model = target.adapted(build_model(target.base, dtype="bf16" if precision == "bf16" else "fp32", device=device))
         batches = (tokens for tokens, _ in eval_batches(corpus.eval, seq, batch, limit))
         result = evaluate(model, batches, device, precision)
     source = data.eval_source or data.source
@@ -136,7 +171,7 @@ def _task(args: argparse.Namespace, given: RunConfig, asked: set[str], target: T
         data = replace(data, source=given.data.source, eval_source=given.data.source)
     batch = given.train.batch if "train.batch" in asked else base.train.batch
     precision = given.train.precision if "train.precision" in asked else base.train.precision
-    kind = given.model.kind if "model.kind" in asked else "auto"
+    kind = given.model.kind if "model.kind" in asked else target.weights.kind
     with only_json(args.json):
         from tare.plan.models import build_model
         from tare.train.session import check_task, device_of
@@ -144,13 +179,15 @@ def _task(args: argparse.Namespace, given: RunConfig, asked: set[str], target: T
 
         began, device = time.monotonic(), device_of(given.run.device)
         config = RunConfig(
-            model=ModelConfig(str(target.model), given.model.tokenizer, kind=kind),
+            model=replace(target.weights, tokenizer=given.model.tokenizer or target.weights.tokenizer, kind=kind),
             data=data, task=settings, train=TrainConfig(batch=1), run=RunSection(seed=base.run.seed),
         )  # fmt: skip
         check_task(config)
         found = open_task(config)
         dtype = "bf16" if precision == "bf16" else "fp32"
-        model = build_model(target.model, dtype=dtype, device=device, kind=found.kind, labels=found.outputs)
+        model = build_model(target.base, dtype=dtype, device=device, kind=found.kind, labels=found.outputs)
+        model.config.pad_token_id = found.tokenizer.pad_token_id  # type: ignore[union-attr]
+        model = target.adapted(model)
         result = found.evaluate(model, device, precision, batch)
     name = data.eval_source or f"{data.source} (held out)"
     document = {

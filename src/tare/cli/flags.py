@@ -17,6 +17,7 @@ FLAGS: dict[str, str] = {
     "--model": "model.name",
     "--tokenizer": "model.tokenizer",
     "--quantize": "model.quantize",
+    "--adapter": "adapter.kind",
     "--data": "data.source",
     "--eval-data": "data.eval_source",
     "--task": "task.name",
@@ -41,6 +42,8 @@ FLAGS: dict[str, str] = {
     "--clip": "train.clip",
     "--clip-mode": "train.clip_mode",
     "--clip-parts": "train.clip_parts",
+    "--parallel": "train.parallel",
+    "--shards": "train.shards",
     "--workers": "train.workers",
     "--refresh-from": "train.refresh_from",
     "--refresh-parts": "train.refresh_parts",
@@ -50,6 +53,7 @@ FLAGS: dict[str, str] = {
     "--out": "run.out",
     "--resume": "run.resume",
     "--checkpoint-every": "run.checkpoint_every",
+    "--checkpoint-async": "run.checkpoint_async",
     "--eval-every": "run.eval_every",
 }
 GROUPS = {
@@ -65,19 +69,29 @@ GROUPS = {
         "--clip",
         "--clip-mode",
         "--clip-parts",
-        "--workers",
         "--steps",
     ),
+    "processes": ("--parallel", "--shards", "--workers"),
     "memory": (
         "--budget",
         "--precision",
         "--quantize",
+        "--adapter",
         "--checkpointing",
         "--release",
         "--refresh-from",
         "--refresh-parts",
     ),
-    "run": ("--out", "--resume", "--checkpoint-every", "--eval-every", "--seed", "--device", "--threads"),
+    "run": (
+        "--out",
+        "--resume",
+        "--checkpoint-every",
+        "--checkpoint-async",
+        "--eval-every",
+        "--seed",
+        "--device",
+        "--threads",
+    ),
 }
 
 

@@ -6,6 +6,7 @@ subcommand's module is imported when it is called, and imports torch only when i
 
 import errno
 import importlib
+import logging
 import os
 import sys
 import time
@@ -22,6 +23,8 @@ COMMANDS = {
     "compare": "train with several methods on the same data and compare them",
     "plan": "predict the memory that each method needs; which one fits",
     "eval": "loss and perplexity of a trained model",
+    "doctor": "verify a run's folder; what can be resumed, and how",
+    "convert": "a checkpoint as one folder of whole tensors, in pieces for ranks, or as a model",
     "replay": "apply the seed log of a forward-only run to its base model",
     "methods": "the methods: what each is, its paper, its state, its defaults",
     "bench": "measure the optimizer step against torch and other packages",
@@ -55,14 +58,14 @@ def main(argv: list[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else DONE
     except InputError as error:
         code = TOO_LARGE if isinstance(error, DoesNotFit) else WRONG_INPUT
-        return code if _said_by_the_first(error) else _fail(str(error), code, debug)
+        return _end(error, code if _said_by_the_first(error) else _fail(str(error), code, debug))
     except KeyboardInterrupt as stop:
         return _fail(str(stop) or "interrupted", INTERRUPTED, debug)
     except BrokenPipeError:  # e.g. `tare methods | head -1`: whoever read has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except Exception as error:
-        return _fault(error, debug)
+        return _end(error, _fault(error, debug))
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -84,6 +87,15 @@ def _dispatch(argv: list[str]) -> int:
     parser = Parser(name, (module.__doc__ or "").partition("\n")[0])
     module.configure(parser)
     return int(module.run(parser.read(argv[1:])))
+
+
+def _end(error: Exception, code: int) -> int:
+    """The exit code; where the fault is that of one of several workers, who wait for it in operations, the process ends with it at once."""
+    if getattr(error, "of_worker", False):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _said_by_the_first(error: Exception) -> bool:
@@ -126,10 +138,13 @@ def _quiet_libraries(debug: bool) -> None:
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "TORCH_CPP_LOG_LEVEL": "WARNING" if debug else "ERROR",
     }.items():
         os.environ.setdefault(name, value)
     if not debug:
         warnings.showwarning = _warn
+        for name in ("torchao", "torch.utils._pytree"):  # what transformers imports along, if it is installed
+            logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _warn(

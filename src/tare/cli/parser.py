@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
 
     def read(self, argv: list[str]) -> argparse.Namespace:
-        """The parsed arguments, with every setting that was given in `settings`.
+        """The parsed arguments, with every setting that was given in `settings`, and all words as they stood in `words`.
 
         Raises `InputError` for anything unknown.
         """
@@ -46,5 +46,6 @@ class Parser(argparse.ArgumentParser):
                 raise InputError(f"{name}: unknown option{nearest(name, known)}; see {self.prog} --help")
         if unknown:
             raise InputError(f"{unknown[0]!r}: unexpected argument; see {self.prog} --help")
+        args.words = list(argv)
         args.settings = [*flags.collect(args), *dotted]
         return args

@@ -22,16 +22,48 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--methods", metavar="KEY,KEY,...", help="the methods to plan for; all if left out")
     group = parser.add_argument_group("settings")
-    for name in ("--model", "--budget", "--batch", "--accumulate", "--seq", "--rank", "--precision", "--quantize"):
+    for name in (
+        "--model",
+        "--budget",
+        "--batch",
+        "--accumulate",
+        "--seq",
+        "--rank",
+        "--precision",
+        "--quantize",
+        "--adapter",
+    ):
         flags.add_one(group, name)
     for name in ("--checkpointing", "--release", "--refresh-from", "--refresh-parts"):
         flags.add_one(group, name)
     for name in ("--clip-mode", "--clip-parts", "--method"):
         flags.add_one(group, name)
+    many = parser.add_argument_group(
+        "many GPUs",
+        "Lines are those of the rank that needs most; --batch is of all ranks together, by default one for each.",
+    )
+    many.add_argument("--gpus", metavar="N", type=whole, help="processes, one to each GPU")
+    for name in ("--parallel", "--shards"):
+        flags.add_one(many, name)
+    many.add_argument(
+        "--link",
+        metavar="SPEED",
+        help="what joins the GPUs, e.g. nvlink4 or 50GB/s (each GPU and direction), or two with a comma, within and between machines; then "
+        "communication is timed on paper",
+    )
+    many.add_argument("--gpus-per-node", metavar="N", type=whole, default=8, help="GPUs of one machine [8]")
     parser.add_argument(
         "--config", metavar="FILE", help="take the settings of a run from a YAML file; flags win over it"
     )
     flags.add_switches(parser)
+
+
+def whole(text: str) -> int:
+    """A whole number; what it may be is checked where it is used."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,18 +82,24 @@ def run(args: argparse.Namespace) -> int:
     with only_json(args.json), waiting(f"planning {config.model.name}", hint) as tell:
         from tare.plan.api import plan
         from tare.plan.report import show, verdict
+        from tare.train import adapters
         from tare.train.quantize import Quantization, check_methods, planned
 
         method, work = config.method, None
         check_methods(config.model.quantize, methods)
         if config.model.quantize is not None:
             work = planned(None, Quantization.parse(config.model.quantize), config.train.batch, config.data.seq)
+        adapters.check(config)
+        work = adapters.planned(work, config)
+        one_each = (
+            args.gpus is not None and args.config is None and "train.batch" not in {s.path for s in args.settings}
+        )
         given = {"lr": method.lr, "rank": method.rank, "weight_decay": method.weight_decay, **method.options}
         result = plan(
             config.model.name,
             progress=tell,
             budget=config.run.budget,
-            batch=config.train.batch,
+            batch=None if one_each else config.train.batch,
             seq=config.data.seq,
             methods=methods,
             checkpointing=config.model.checkpointing,
@@ -75,6 +113,12 @@ def run(args: argparse.Namespace) -> int:
             storage=method.storage or None,
             hyper={name: value for name, value in given.items() if value is not None},
             work=work,
+            gpus=args.gpus,
+            parallel=config.train.parallel,
+            shards=config.train.shards,
+            sync=config.train.sync,
+            link=args.link,
+            gpus_per_node=args.gpus_per_node,
         )
     if args.json:
         emit(result.to_json())

@@ -22,7 +22,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--out", metavar="DIR", dest="folder", help="where the trained model goes; new or empty")
     group.add_argument("--steps", metavar="N", dest="first", help="only the first N steps; all if left out")
     flags.add_one(group, "--device")
-    flags.add_one(group, "--quantize")
+    for name in ("--quantize", "--adapter", "--seed"):
+        flags.add_one(group, name)
     flags.add_switches(parser)
 
 
@@ -47,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
         done = replay_folder(
             Path(args.log).expanduser(), Path(args.base).expanduser(), Path(args.folder).expanduser(),
             steps=None if args.first is None else int(args.first), device=device_of(given.run.device), progress=_Line(), quantize=quantize,
+            adapter=given.adapter, seed=given.run.seed,
         )  # fmt: skip
     document = {
         "log": str(args.log),

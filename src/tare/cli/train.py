@@ -1,25 +1,32 @@
 """train a language model within a memory budget
 
 Pretrains a named size, or goes on training a transformers folder; with --task classify or choice, on rows of a table. Ctrl-C saves and
-stops; --resume goes on, bit for bit.
+stops; --resume goes on, bit for bit. --nproc N trains in N processes (see --parallel), as torchrun --nproc-per-node N -m tare train does.
 """
 
 import argparse
+import os
 import sys
 import time
 from dataclasses import asdict
 
 from tare.cli import flags
 from tare.cli.output import console, emit, only_json, resolve
+from tare.core.errors import InputError
+
+PARTING = 3.0  # seconds that who has nothing to say stays: torchrun ends all others as soon as one has gone
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments."""
     flags.add(parser)
+    parser.add_argument("--nproc", metavar="N", help="train in N processes of this machine, by torchrun's own agent")
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
+    if args.nproc is not None:
+        return _launch(args)
     config = resolve(args)
     from tare.cli.watch import watching
     from tare.report.compare import check_method, row_of, write_report
@@ -37,12 +44,13 @@ def run(args: argparse.Namespace) -> int:
             with watching(config) as watch:
                 result = train(config, on_event=watch)
         except Elsewhere:
-            time.sleep(1.0)  # torchrun ends the one that tells of it, too, as soon as this one has gone
-            return 1
+            time.sleep(PARTING)
+            os._exit(1)  # not through operations that wait for one that is gone; every file is closed
         except WorkersFailed as fault:
-            print(f"tare: {fault}; go on from the last checkpoint with --resume", file=sys.stderr)
-            return 1
+            print(f"tare: {fault}; go on from the last checkpoint with --resume", file=sys.stderr, flush=True)
+            os._exit(1)
     if not crew.first:
+        time.sleep(PARTING if result.interrupted else 0.0)
         return 130 if result.interrupted else 0
     if result.interrupted:
         raise KeyboardInterrupt(
@@ -75,3 +83,20 @@ def run(args: argparse.Namespace) -> int:
     out.print(f"model:  {result.out / 'model'}", soft_wrap=True)
     out.print(f"report: {report}", soft_wrap=True)
     return 0
+
+
+def _launch(args: argparse.Namespace) -> int:
+    """The same command without `--nproc`, in so many processes."""
+    if not args.nproc.isdecimal():
+        raise InputError(f"--nproc: expected a number of processes, got {args.nproc!r}")
+    resolve(args)  # what is wrong with the words is said once, before anything is started
+    words: list[str] = ["train"]
+    waiting = iter(args.words)
+    for word in waiting:
+        if word == "--nproc":
+            next(waiting)
+        elif not word.startswith("--nproc="):
+            words.append(word)
+    from tare.parallel.launch import launch
+
+    return launch(int(args.nproc), words)

@@ -11,6 +11,7 @@ from tare.core.transform import Transform
 from tare.zeroth import laws
 from tare.zeroth.assembly import settled
 from tare.zeroth.directions import Directed, Law, Untouched
+from tare.zeroth.shared import unwrapped
 
 NO_DECAY = ("bias", "layer_norm", "layernorm")  # what MeZO's published code looks for in names
 LAWS: dict[str, Law] = {name: laws.law(name) for name in laws.LAWS}
@@ -29,7 +30,7 @@ def named_leaves(params: Any) -> tuple[Any, list[tuple[str, Tensor]]]:
     """The parameters in a form that can be read twice, and every one with its name (empty where it has none)."""
     params = settled(params)
     found: dict[Tensor, str] = {}
-    for group in as_groups(params):
+    for group in as_groups(unwrapped(params)):
         normal, roles = normalise_group(group)
         items = [item if isinstance(item, tuple) else ("", item) for item in normal["params"]]
         found.update((p, name) for name, p in items if p in roles)

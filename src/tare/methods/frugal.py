@@ -6,11 +6,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from tare.core.checks import check_choice, check_number
-from tare.core.delta import Delta
 from tare.core.errors import InputError
 from tare.core.orders import Order
 from tare.core.recipe import Match, Recipe
-from tare.core.state import State
 from tare.core.storage import Storage
 from tare.core.transform import Step, Transform
 from tare.methods.base import TARGETS, Method
@@ -86,11 +84,8 @@ CARD = Card(
 class PrimedMomentum(Momentum):
     """Momentum whose buffer is the first gradient before that is added: b_1 = (1 + momentum) g_1, as FRUGAL's code has it."""
 
-    def update(self, grad: Tensor, state: State, step: Step, compressed: Tensor | None = None) -> Delta:
-        if self.momentum and step.count == 1:
-            buffer = state["momentum_buffer"]
-            buffer.copy_(grad.view_as(buffer))
-        return super().update(grad, state, step, compressed)
+    def _rest(self, step: Step) -> float:
+        return 1.0 + self.momentum if step.count == 1 else super()._rest(step)
 
 
 def inner_rule(inner: str, betas: tuple[float, float], eps: float, momentum: float) -> Transform:

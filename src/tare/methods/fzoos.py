@@ -11,6 +11,7 @@ from tare.core.transform import Transform
 from tare.methods.base_forward import NO_DECAY, forward_recipe, pick
 from tare.methods.registry import Card, Trial, register
 from tare.rules.momentum import Momentum
+from tare.zeroth.clients import Clients
 from tare.zeroth.exchange import Exchange
 from tare.zeroth.federated import Federated, FederatedOptimizer, Placed, Table
 from tare.zeroth.memory import Memory
@@ -38,8 +39,8 @@ CARD = Card(
         "Each client's closure is to be one function: other data at each step is noise that the surrogate takes for shape.",
         "reach and local_lr are distances in weights; the published code scales its domain to [0, 1]^d.",
         "A log of seeds repeats the weights of a run, but does not hold the queries.",
-        "Clients are simulated: every process has all closures, and `exchange` shares out queries. Between real clients, `components` "
-        "numbers and two more would be sent a round; a process for each client is not offered.",
+        "Clients are simulated in one process, or are processes (`exchange=Clients()`), each with its own closure; the two take the same "
+        "rounds. A client's queries are state of its process, and saved there.",
     ),
     differences=(
         "The code differentiates the posterior mean numerically with a step of 1e-20, which only works because that step is replaced "
@@ -73,6 +74,7 @@ class FZooS(FederatedOptimizer):
         params: the model that the closures run (preferred), or what `tare.Optimizer` takes.
         lr: of the server.
         clients: `step` takes a list of as many closures, or just a closure where there is one. One client needs no correction.
+            With `exchange=Clients()` as many as there are processes, and `step` takes the closure of this one.
         weights: of the clients, their data for instance; default: alike.
         local_steps, local_lr, betas, adam_eps: of the clients' Adam, new in each round.
         near: queries around x at the beginning of a round, of four times as many candidates.
@@ -85,7 +87,7 @@ class FZooS(FederatedOptimizer):
         capacity: queries that each client keeps; the oldest make room.
         rule: of the server: `sgd`, or a rule of `tare.rules`.
         targets: which leaves are trained; as the patterns of a `Recipe`.
-        exchange: workers that share the queries; each has every client's closure. See the limits.
+        exchange: `Clients()`: a process for each client. `Workers()`: workers that share all queries; each has every closure.
         undecayed, memory, weight_decay, storage, seed, patience, on_step, model: as `MeZO`.
 
     Raises:
@@ -112,12 +114,12 @@ class FZooS(FederatedOptimizer):
         storage: Storage | dict[str, Any] | None = None, seed: int = 0, patience: int = 10, on_step: Recorder | None = None,
         model: nn.Module | None = None,
     ):  # fmt: skip
-        table = Table()
+        table, others = Table(), exchange if isinstance(exchange, Clients) else None
         probe = Federated(
             clients, local_steps, local_lr, near, active, reach, kernel, lengthscale, noise, nearest, components,
-            features_lengthscale, features_nearest, correction, tuple(weights), betas, adam_eps, table,
+            features_lengthscale, features_nearest, correction, tuple(weights), betas, adam_eps, table, others,
         )  # fmt: skip
-        law = Placed(clients=clients, capacity=check_whole("capacity", capacity, 2), table=table)
+        law = Placed(clients=len(probe.here), capacity=check_whole("capacity", capacity, 2), table=table)
         super().__init__(
             params, forward_recipe(law, pick("rule", rule, {"sgd": Momentum(0.0)}), targets, undecayed), lr, probe=probe,
             memory=memory, exchange=exchange, weight_decay=weight_decay, storage=storage, seed=seed, patience=patience,

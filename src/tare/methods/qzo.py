@@ -3,7 +3,7 @@
 import math
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +106,8 @@ class QZO(ForwardOptimizer):
 
     trains_scales = True  # of a model that is held in few bits
 
+    shares: ClassVar[bool] = False
+
     def __init__(
         self, params: Any, lr: float | Tensor = 1e-7, eps: float = 1e-3, *, clip: float | None = 100.0,
         floor: float | None = 1e-7, relative: bool = False, rest: Match | None = None, n: int = 1,
@@ -151,8 +153,8 @@ class QZO(ForwardOptimizer):
         return super()._moved(names)
 
     @torch.no_grad()
-    def _apply(self, leaves: list[Moved], record: Record) -> None:
-        super()._apply(leaves, record)
+    def _take(self, leaves: list[Moved], record: Record) -> None:
+        super()._take(leaves, record)
         if record.moved and self.floor is not None:
             stepped = {leaf.parameter for leaf in leaves}
             for scale in self._scales:

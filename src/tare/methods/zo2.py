@@ -1,7 +1,7 @@
 """ZO2: MeZO for models that do not fit the device. Blocks come from the host one after another, and take the last step's update there."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +107,8 @@ class ZO2(ForwardOptimizer):
     >>> opt.stream_report().moves, opt.stream_report().brought
     (4, 1152)
     """
+
+    shares: ClassVar[bool] = False
 
     def __init__(
         self, params: Any, lr: float | Tensor = 1e-7, eps: float = 1e-3, *, n: int = 1, mean: bool = True,

@@ -115,7 +115,7 @@ class ZOFrankWolfe(CoordinateOptimizer):
 
     def _number(self, leaves: list[Moved]) -> None:
         super()._number(leaves)
-        dimension = sum(leaf.parameter.numel() for leaf in leaves)
+        dimension = sum(leaf.draw(0).leaf.numel for leaf in leaves)
         assert isinstance(self.probe, Kiefer | RandomDirections)
         self.probe = replace(self.probe, dimension=dimension)
         for group in self.param_groups:

@@ -7,7 +7,6 @@ layers run: a LLaMA-7B takes about two seconds, so nothing is extrapolated and a
 import dataclasses
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +18,9 @@ from tare.core.weights import quantize_weights_
 from tare.plan.cache import cached
 from tare.plan.kinds import Kind
 from tare.plan.models import DTYPES, build_skeleton, enable_checkpointing, full, identity, plannable, positions
+from tare.plan.profile import LeafMoment, Moment, StepProfile, decode
 from tare.plan.shapes import ModelShape
+from tare.plan.stretches import Stretches
 from tare.plan.tracker import MemoryTracker, Peak
 
 if TYPE_CHECKING:
@@ -41,8 +42,13 @@ class Workload:
         """The config of the model that is run."""
         return config
 
-    def alter(self, model: nn.Module) -> None:
-        """What is changed about the model before it is trained, in place: layers of other kinds."""
+    def alter(self, model: nn.Module) -> nn.Module | None:
+        """What is changed about the model before it is trained: in place, or another that it returns."""
+        return None
+
+    def layers(self) -> Any:
+        """All that decides what `alter` does, as JSON values; None where it does nothing."""
+        return None
 
     def batches(self) -> tuple[Any, Any]:
         """The widest batches of training and of evaluation, with zeros in them; made under fake tensors."""
@@ -77,42 +83,6 @@ class Tokens(Workload):
         return causal_loss(model, batch)
 
     look = loss
-
-
-@dataclass(frozen=True)
-class Moment:
-    """Bytes beyond weights and optimizer state at one moment of a step."""
-
-    activations: int = 0  # kept by the forward pass, and the batch itself
-    gradients: int = 0  # finished ones
-    temporaries: int = 0  # made in backward: recomputed activations, gradients on their way
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return self.activations + self.gradients + self.temporaries
-
-
-@dataclass(frozen=True)
-class LeafMoment:
-    """The moment in backward at which a parameter's gradient is finished, with all earlier gradients gone (release)."""
-
-    name: str
-    others: Moment  # this gradient counts among the temporaries
-    gradient: int
-
-
-@dataclass(frozen=True)
-class StepProfile:
-    """Peaks of one micro-batch. Weights (with buffers) are constant; optimizer state is not in here."""
-
-    weights: int
-    gradients: int  # of all parameters together
-    forward: Moment  # at the end of forward, nearly always
-    backward: Moment  # gradients accumulating
-    released: Moment  # the same if every gradient vanished as soon as it was finished
-    evaluation: Moment  # forward without grad
-    leaves: tuple[LeafMoment, ...]
 
 
 def profile_model(
@@ -164,7 +134,7 @@ def profile_model(
         what,
         lambda: _run(full(config), batch, seq, DTYPES[dtype], precision, checkpointing, quantized, trained, work),
         dataclasses.asdict,
-        _decode,
+        decode,
     )
 
 
@@ -230,57 +200,67 @@ def skeleton(config: "PretrainedConfig", dtype: torch.dtype, work: Workload | No
     if work is None:
         return build_skeleton(config, dtype)
     model = build_skeleton(work.adapt(config), dtype, work.kind)
-    work.alter(model)
-    return model
+    altered = work.alter(model)
+    return model if altered is None else altered
 
 
-def track_step(model: nn.Module, work: Workload | torch.Tensor, precision: Precision = "fp32") -> StepProfile:
-    """Track one evaluation and one training micro-batch of `model`; works on fake and on real tensors. work: or tokens [b, t]."""
-    work = Tokens(work) if isinstance(work, torch.Tensor) else work
+def opened(model: nn.Module, work: Workload) -> tuple[MemoryTracker, Any, Any, int]:
+    """A tracker that knows the tensors of a model and of its widest batch; that batch, the one of evaluation, and the bytes of weights
+    and buffers."""
     batch, held = work.batches()
     tracker = MemoryTracker()
     tracker.mark(model.parameters(), "parameter")
     tracker.mark(model.buffers(), "parameter")
     weights = tracker.total
     tracker.mark(work.tensors(batch), "input")
+    return tracker, batch, held, weights
+
+
+def track_step(model: nn.Module, work: Workload | torch.Tensor, precision: Precision = "fp32") -> StepProfile:
+    """Track one evaluation and one training micro-batch of `model`; works on fake and on real tensors. work: or tokens [b, t]."""
+    work = Tokens(work) if isinstance(work, torch.Tensor) else work
+    tracker, batch, held, weights = opened(model, work)
     leaves: list[LeafMoment] = []
     hooks = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             hooks.append(parameter.register_post_accumulate_grad_hook(_finished(tracker, name, leaves)))
-    with tracker:
-        with tracker.phase("evaluation", born="activation"), torch.no_grad(), autocast(precision):
+    stretches = Stretches(model, tracker)
+    with tracker, stretches:
+        with (
+            tracker.phase("evaluation", born="activation"),
+            stretches.phase("evaluation"),
+            torch.no_grad(),
+            autocast(precision),
+        ):
             work.look(model, held)
-        with tracker.phase("forward", born="activation"), autocast(precision):
+        with tracker.phase("forward", born="activation"), stretches.phase("forward"), autocast(precision):
             loss = work.loss(model, batch)
-        with tracker.phase("backward"):
+        with tracker.phase("backward"), stretches.phase("backward"):
             loss.backward()
     for hook in hooks:
         hook.remove()
     return StepProfile(
         weights=weights,
         gradients=tracker.current["gradient"],
-        forward=_moment(tracker.peak("forward")),
-        backward=_moment(tracker.peak("backward")),
-        released=dataclasses.replace(_moment(tracker.peak("backward", without_gradients=True)), gradients=0),
-        evaluation=_moment(tracker.peak("evaluation")),
+        forward=Moment.of(tracker.peak("forward")),
+        backward=Moment.of(tracker.peak("backward")),
+        released=dataclasses.replace(Moment.of(tracker.peak("backward", without_gradients=True)), gradients=0),
+        evaluation=Moment.of(tracker.peak("evaluation")),
         leaves=tuple(leaves),
+        stretches=tuple(stretches.found),
     )
 
 
 def _finished(tracker: MemoryTracker, name: str, leaves: list[LeafMoment]):  # type: ignore[no-untyped-def]
     def hook(parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
-        now = _moment(Peak(0, tracker.current))
+        now = Moment.of(Peak(0, tracker.current))
         size = parameter.grad.untyped_storage().nbytes()
         leaves.append(LeafMoment(name, dataclasses.replace(now, gradients=0), size))
         tracker.mark([parameter.grad], "gradient")
 
     return hook
-
-
-def _moment(peak: Peak) -> Moment:
-    return Moment(peak["activation"] + peak["input"], peak["gradient"], peak["temporary"])
 
 
 def check_step(config: "PretrainedConfig | ModelShape", batch: int, seq: int, dtype: str, precision: str) -> None:
@@ -297,12 +277,3 @@ def check_step(config: "PretrainedConfig | ModelShape", batch: int, seq: int, dt
         raise InputError(f"precision {precision!r} is not known: use one of fp32, bf16-autocast, bf16")
     if (dtype == "bf16") != (precision == "bf16"):
         raise InputError(f"precision {precision!r} does not go with {dtype} weights: bf16 weights compute in bf16")
-
-
-def _decode(data: dict[str, Any]) -> StepProfile:
-    moments = {key: Moment(**data[key]) for key in ("forward", "backward", "released", "evaluation")}
-    leaves = tuple(LeafMoment(x["name"], Moment(**x["others"]), x["gradient"]) for x in data["leaves"])
-    profile = StepProfile(weights=data["weights"], gradients=data["gradients"], leaves=leaves, **moments)
-    if not all(isinstance(n, int) and n >= 0 for m in moments.values() for n in dataclasses.astuple(m)):
-        raise ValueError("damaged cache entry")
-    return profile

@@ -17,7 +17,9 @@ from tare.kernels import native
 from tare.methods import registry
 from tare.plan.activations import Precision, Workload, check_step
 from tare.plan.budget import format_bytes, parse_bytes
+from tare.plan.links import parse_links
 from tare.plan.models import plannable, positions
+from tare.plan.ranks import Parallel, Ranks
 from tare.plan.released import Bases
 from tare.plan.resolve import check_known
 from tare.plan.rows import PlanRow, Settings, plan_row
@@ -61,7 +63,7 @@ class Plan:
 def plan(
     model: "str | Path | nn.Module | PretrainedConfig",
     budget: str | int | None = None,
-    batch: int = 1,
+    batch: int | None = None,
     seq: int | None = None,
     methods: Sequence[str] | None = None,
     checkpointing: bool = False,
@@ -77,6 +79,12 @@ def plan(
     refresh_parts: int = 1,
     progress: Callable[[str], None] | None = None,
     work: Workload | None = None,
+    gpus: int | None = None,
+    parallel: Parallel | None = None,
+    shards: int | None = None,
+    link: str | None = None,
+    gpus_per_node: int = 8,
+    sync: Literal["step", "batch"] | None = None,
 ) -> Plan:
     """Predict the peak memory of training `model` with every method.
 
@@ -86,7 +94,8 @@ def plan(
     Args:
         model: a named model (`"llama-7b"`), a `transformers` folder or config, or a model that has a config.
         budget: e.g. `"24GiB"`, or bytes.
-        batch: sequences per micro-batch. seq: tokens per sequence; default: all positions of the model.
+        batch: sequences per micro-batch, of all ranks together; default: one for each rank.
+        seq: tokens per sequence; default: all positions of the model.
         methods: registry keys; default all that step with gradients.
         checkpointing: recompute activations in backward. release: step each leaf inside backward.
         accumulate: micro-batches per step. clip_mode: how release clips, see `train.clip_mode`.
@@ -96,7 +105,12 @@ def plan(
         clip_parts: measuring passes of two-pass clipping. refresh_from, refresh_parts: with release and micro-batches, what
             bases are computed from; see `Optimizer.refresh_release`.
         progress: called with a few words whenever something else is looked at.
-        work: what the model is fed; None: packed text, `batch` sequences of `seq` tokens.
+        work: what the model is fed, on one rank; None: packed text, `batch` sequences of `seq` tokens.
+        gpus: ranks, one process to each GPU; then lines are those of the rank that needs most.
+        parallel: `ddp` (default), `fsdp` or `hsdp`. shards: among how many weights are cut, which alone means hsdp.
+        sync: whether gradients are sent once a step or after every micro-batch; default as in a run.
+        link: speed of the links between GPUs, e.g. `"50GB/s"`, `"nvlink4"`, or two of these with a comma: within and between
+            machines; then communication is timed, on paper. gpus_per_node: GPUs of one machine.
 
     Raises:
         InputError: anything of this that makes no sense, in one line.
@@ -112,7 +126,12 @@ def plan(
     config, name = _config(model, work is not None)
     if seq is None:
         seq = int(positions(config) or 0) or 1024
+    ranks, links = _ranks(gpus, parallel, shards, gpus_per_node, sync), None if link is None else parse_links(link)
+    batch = (1 if ranks is None else ranks.gpus) if batch is None else batch
     check_step(config, batch, seq, dtype, precision)
+    if links is not None and ranks is None:
+        raise InputError(f"link {link!r} joins GPUs, and one is planned: give --gpus too")
+    batch = batch if ranks is None else ranks.share(batch)
     if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
         raise InputError(f"accumulate {accumulate!r} must be a whole number of at least 1")
     limit = parse_bytes(budget) if isinstance(budget, str) else budget
@@ -126,7 +145,7 @@ def plan(
     Gathering(refresh_from, refresh_parts)  # checks the two
     settings = Settings(
         config, name, batch, seq, dtype, precision, checkpointing, release, accumulate, clip_mode, storage,
-        dict(hyper or {}), clip_parts, Bases(refresh_from, refresh_parts), alone=len(keys) == 1, work=work,
+        dict(hyper or {}), clip_parts, Bases(refresh_from, refresh_parts), alone=len(keys) == 1, work=work, ranks=ranks, links=links,
     )  # fmt: skip
     tell = progress or (lambda news: None)
     rows = []
@@ -141,6 +160,19 @@ def plan(
     nothing = limit is not None and rows and not any(row.fits for row in rows)
     advice = advise(settings, keys, limit, tell) if nothing and limit is not None else None
     return Plan(settings, limit, tuple(rows), advice)
+
+
+def _ranks(
+    gpus: int | None, parallel: Parallel | None, shards: int | None, node: int, sync: Literal["step", "batch"] | None
+) -> Ranks | None:
+    if gpus is None:
+        for name, value in (("parallel", parallel), ("shards", shards)):
+            if value is not None:
+                raise InputError(f"{name} {value!r} is for several GPUs: give --gpus too")
+        return None
+    return Ranks(
+        gpus, parallel or ("ddp" if shards is None else "hsdp"), shards, node, None if sync is None else sync == "batch"
+    )
 
 
 def choose(plan: Plan) -> str:

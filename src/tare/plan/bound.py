@@ -8,7 +8,8 @@ import copy
 from dataclasses import replace
 
 from tare.methods import registry
-from tare.plan.activations import StepProfile, profile_model
+from tare.plan.activations import profile_model
+from tare.plan.profile import StepProfile
 from tare.plan.rows import Settings
 from tare.plan.shapes import ModelShape
 from tare.plan.steps import state_bytes, trained_sets, weight_bytes
@@ -30,6 +31,10 @@ class Bound:
 
     def least(self, settings: Settings, key: str, limit: int | None = None) -> int:
         """Bytes that the method needs at least; activations are not looked at where the rest is above `limit`."""
+        if settings.ranks is not None and settings.ranks.sharded:
+            return 0  # a line costs little there
+        if settings.work is not None and settings.work.layers() is not None:
+            return 0  # other layers, or few of them trained: the model's own figures are no bound
         quantized = settings.choice(key).storage.weight == "int8"
         weights, whole = (self._weight_bytes(settings, form) for form in (quantized, False))
         what = (key, settings.dtype, repr(settings.storage), repr(settings.hyper))

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from tare.core.write import CHUNK
-from tare.plan.activations import Moment, Precision, Tokens, Workload, autocast, fake_tensors, skeleton
+from tare.plan.activations import Precision, Tokens, Workload, autocast, fake_tensors, opened, skeleton
 from tare.plan.cache import cached
 from tare.plan.models import DTYPES, full, identity
+from tare.plan.profile import Moment
 from tare.plan.resolve import Choice
 from tare.plan.shapes import ModelShape
 from tare.plan.steps import on_paper
@@ -65,7 +66,8 @@ def probe_profile(
     kind, alter = ("causal", None) if work is None else (work.kind, work.alter)
     optimizer: Any = on_paper(choice, changed, dtype, kind, alter)  # type: ignore[arg-type]
     assert isinstance(optimizer, ForwardOptimizer)
-    trained = [e.leaf for e in optimizer._entries.values() if isinstance(e.transform, Directed)]
+    entries = [e for p, e in optimizer._entries.items() if isinstance(e.transform, Directed) and p.requires_grad]
+    trained = [e.leaf for e in entries]
     inside = isinstance(optimizer.memory, InForward)
     names = tuple(leaf.name for leaf in trained) if inside else ()
     what = {
@@ -78,7 +80,7 @@ def probe_profile(
     size = DTYPES[dtype].itemsize
     account = optimizer.state_bytes()
     beside = 0 if inside else int(IN_PLACE * size * sum(leaf.numel for leaf in trained))
-    moved = [e.transform for e in optimizer._entries.values() if isinstance(e.transform, Directed)]
+    moved: list[Any] = [e.transform for e in entries]
     largest = max((leaf.numel for leaf in trained), default=0)
     # Where law and rule cannot step in one pass, a leaf's gradient is put together in fp32: a piece at a time, or else whole.
     if all(each.law.fuses and each.proportional is not None for each in moved):
@@ -93,7 +95,7 @@ def probe_profile(
     first = Moment(tokens, 0, READING * min(max(reads), CHUNK) + COUNTS) if reads else None
     probe = dataclasses.replace(tracked.probe, activations=tracked.probe.activations + more)
     return ProbeProfile(
-        tracked.weights, account.total + account.shared, _plus(probe, beside), step, tracked.evaluation, first,
+        tracked.weights, account.total + account.shared, probe.plus(temporaries=beside), step, tracked.evaluation, first,
         f"{optimizer.probe.evaluations:g} forward passes a step" + (f" and micro-batch of {accumulate}" if accumulate > 1 else ""),
     )  # fmt: skip
 
@@ -117,23 +119,14 @@ def _run(
 
 def track_probe(model: nn.Module, work: Workload, trained: set[str], precision: Precision = "fp32") -> _Tracked:
     """Track an evaluation of `model`, and one with the trained weights of each module copied while it runs."""
-    batch, held = work.batches()
-    tracker = MemoryTracker()
-    tracker.mark(model.parameters(), "parameter")
-    tracker.mark(model.buffers(), "parameter")
-    weights = tracker.total
-    tracker.mark(work.tensors(batch), "input")
+    tracker, batch, held, weights = opened(model, work)
     tokens = tracker.total - weights
     with tracker, torch.no_grad():
         with tracker.phase("evaluation", born="activation"), autocast(precision):
             work.look(model, held)
         with tracker.phase("probe", born="activation"), autocast(precision), _copying(model, trained, tracker):
             work.loss(model, batch)
-    probe, evaluation = tracker.peak("probe"), tracker.peak("evaluation")
-    return _Tracked(
-        weights, tokens, Moment(probe["activation"] + probe["input"], 0, probe["temporary"]),
-        Moment(evaluation["activation"] + evaluation["input"], 0, evaluation["temporary"]),
-    )  # fmt: skip
+    return _Tracked(weights, tokens, Moment.of(tracker.peak("probe")), Moment.of(tracker.peak("evaluation")))
 
 
 @contextmanager
@@ -159,10 +152,6 @@ def _copying(model: nn.Module, trained: set[str], tracker: MemoryTracker) -> Ite
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _plus(moment: Moment, temporaries: int) -> Moment:
-    return dataclasses.replace(moment, temporaries=moment.temporaries + temporaries)
 
 
 def _decode(data: dict[str, Any]) -> _Tracked:

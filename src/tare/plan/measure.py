@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.autograd.profiler import profile, record_function
 
+from tare.core.shard.layout import is_sharded, local
 from tare.core.weights import plain_parts
 
 _FREED = "tare.freed "  # followed by the address of a block that was alive before the window
@@ -85,8 +86,11 @@ class StepMeter:
         return self._device is not None and self._device.type == "cuda"
 
     def _before(self) -> Iterator[torch.Tensor]:
+        return map(local, self._held())  # of what ranks share, what this one has
+
+    def _held(self) -> Iterator[torch.Tensor]:
         for parameter in self._model.parameters():
-            yield from plain_parts("", parameter).values()
+            yield from plain_parts("", local(parameter.detach()) if is_sharded(parameter) else parameter).values()
             if parameter.grad is not None:
                 yield parameter.grad
         yield from self._model.buffers()

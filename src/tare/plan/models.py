@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MAX_LAYERS = 10_000  # a config that says more would keep the planner busy for hours
 HEADS = (
     "classifier.",
     "score.",
@@ -167,7 +168,7 @@ def _from_config(auto: type, config: "PretrainedConfig", dtype: torch.dtype) -> 
     config = copy.deepcopy(config)  # which `from_config` writes the dtype into
     try:
         return auto.from_config(config, dtype=dtype, attn_implementation="sdpa")  # type: ignore[attr-defined]
-    except (ValueError, TypeError, ZeroDivisionError, RuntimeError, AttributeError) as fault:
+    except Exception as fault:  # whatever transformers makes of a value that makes no sense
         raise InputError(f"model config {config.model_type!r} cannot be built: {one_line(fault)}") from fault
 
 
@@ -203,6 +204,9 @@ def _read_config(file: Path, heads: bool = False) -> "PretrainedConfig":
         raise InputError(
             f"{file}: transformers knows no model_type {kind!r}{nearest(kind, list(CONFIG_MAPPING))}{remote}"
         )
+    for name, value in content.items():
+        if "layers" in name and isinstance(value, int) and value > MAX_LAYERS:
+            raise InputError(f"{file}: {name}: {value} are more than any model has; allowed: up to {MAX_LAYERS}")
     try:
         config = CONFIG_MAPPING[kind].from_dict(content)
     except Exception as fault:  # transformers raises many kinds for a bad field, some of its own

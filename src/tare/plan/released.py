@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from tare.core.clipping import runs
 from tare.core.gathering import Source, passes
-from tare.plan.activations import Moment, StepProfile
+from tare.plan.profile import Moment, StepProfile
 from tare.plan.steps import StepCost
 
 

@@ -13,8 +13,14 @@ if TYPE_CHECKING:
 
     from tare.plan.api import Plan
 
-PARTS = ("weights", "gradients", "state", "activations", "temporaries", "peak")
-DROPPED = ("temporaries", "activations", "gradients", "weights")  # in this order, where the terminal is narrow
+PARTS = ("weights", "gradients", "state", "activations", "temporaries", "gathered", "peak")
+DROPPED = (
+    "temporaries",
+    "activations",
+    "gradients",
+    "weights",
+    "gathered",
+)  # in this order, where the terminal is narrow
 
 
 def show(plan: "Plan") -> "RenderableType":
@@ -26,8 +32,10 @@ def show(plan: "Plan") -> "RenderableType":
     lines: list[RenderableType] = [Text(heading(plan), style="bold"), Text(), _Fitting(plan), Text()]
     lines += [Text(f"{row.method}: {row.note}") for row in plan.rows if row.note]
     lines += [Text(line) for line in _remarks(plan)]
+    lines += [Text(line) for line in of_ranks(plan)]
+    rank = " on the rank that needs most" if plan.settings.ranks is not None else ""
     lines.append(
-        Text(f"{unit} of tensors at the moment of the peak; state is exact. A device's own needs come on top.")
+        Text(f"{unit} of tensors at the moment of the peak{rank}; state is exact. A device's own needs come on top.")
     )
     return Group(*lines)
 
@@ -42,6 +50,58 @@ def _remarks(plan: "Plan") -> list[str]:
         f"{remark}." if len(methods) == len(plan.rows) else f"{', '.join(methods)}: {remark}."
         for remark, methods in about.items()
     ]
+
+
+def of_ranks(plan: "Plan") -> list[str]:
+    """Where ranks differ, and what they send each other in a step: what all methods send, then what single ones do."""
+    ranks, links = plan.settings.ranks, plan.settings.links
+    rows = [row for row in plan.rows if row.ranks is not None]
+    if ranks is None or not rows:
+        return []
+    lines, about = [], dict[tuple[Any, ...], list[str]]()
+    for row in rows:
+        found = row.ranks
+        assert found is not None
+        if found.first.state != found.worst.state:
+            lines.append(
+                f"{row.method}: rank {found.worst.rank} keeps {format_bytes(found.worst.state)} of state, rank 0 "
+                f"{format_bytes(found.first.state)} (peak {format_bytes(found.first.peak)})."
+            )
+        for each, time in zip(found.traffic, found.seconds or (None,) * len(found.traffic), strict=True):
+            about.setdefault((each, time), []).append(row.method)
+    for (each, time), methods in sorted(about.items(), key=lambda both: -len(both[1])):
+        who = "" if len(methods) == len(rows) else f"{', '.join(methods)}: "
+        took = "" if time is None else f", {format_seconds(time)}"
+        times = "once" if each.count == 1 else f"{each.count} times"
+        lines.append(
+            f"{who}{each.collective} of {each.what}: {times} a step, {format_bytes(each.bytes)}, {format_bytes(each.sent)} over the link "
+            f"of a rank{took}."
+        )
+    if links is not None:
+        inner, outer = links
+        where = (
+            inner.name
+            if ranks.gpus <= ranks.node
+            else f"{inner.name} within machines of {ranks.node}, {outer.name} between"
+        )
+        lines.append(
+            f"Times are computed from the stated speed of {where}, not measured: without latency, and without what a run hides behind "
+            "arithmetic."
+        )
+    return lines
+
+
+def format_seconds(value: float) -> str:
+    """In a unit that leaves few digits.
+
+    >>> format_seconds(0.0123), format_seconds(4.2e-5), format_seconds(1.5)
+    ('12.3 ms', '42.0 us', '1.50 s')
+    """
+    if value >= 1:
+        return f"{value:.2f} s"
+    if value < 1e-6:
+        return "under 1 us"
+    return f"{value * 1e3:.1f} ms" if value >= 1e-3 else f"{value * 1e6:.1f} us"
 
 
 def verdict(plan: "Plan") -> list[str]:
@@ -87,6 +147,10 @@ def heading(plan: "Plan") -> str:
     """The settings in one line."""
     s = plan.settings
     words = [s.name, f"batch {s.batch}", f"seq {s.seq}", s.precision]
+    if s.ranks is not None:
+        cut = f" {s.ranks.shards}x{s.ranks.replicas}" if s.ranks.parallel == "hsdp" else ""
+        words[1] = f"batch {s.batch * s.ranks.gpus} ({s.batch} a rank)"
+        words.insert(1, f"{s.ranks.gpus} ranks by {s.ranks.parallel}{cut}")
     words += [f"accumulate {s.accumulate}"] if s.accumulate > 1 else []
     words += ["checkpointing"] if s.checkpointing else []
     words += ["release" + (f", {s.clip_mode} clipping" if s.clip_mode != "exact" else "")] if s.release else []
@@ -103,7 +167,8 @@ def table(plan: "Plan", without: Collection[str] = ()) -> "Table":
     from rich.table import Table
 
     unit, size = _unit(plan)
-    parts = [name for name in PARTS if name not in without]
+    cut = any(row.gathered for row in plan.rows)
+    parts = [name for name in PARTS if name not in without and (cut or name != "gathered")]
 
     found = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_edge=False)
     found.add_column(unit, no_wrap=True)
@@ -134,6 +199,12 @@ def to_json(plan: "Plan") -> dict[str, Any]:
     return {
         "model": s.name,
         **{name: getattr(s, name) for name in names},
+        **(
+            {}
+            if s.ranks is None
+            else {"batch": s.batch * s.ranks.gpus, "batch_of_rank": s.batch, "ranks": dataclasses.asdict(s.ranks)}
+        ),
+        **({} if s.links is None else {"links": [dataclasses.asdict(link) for link in s.links]}),
         "refresh_from": s.bases.source,
         "refresh_parts": s.bases.parts,
         "budget": plan.budget,

@@ -78,8 +78,9 @@ def resolve(
 @lru_cache
 def _own_storage(key: str, lr: float) -> Storage:
     """The storage that a method has when nothing is said about it."""
-    probe = nn.Linear(2, 2)
-    quantize_weights_(probe)  # which goes with any storage
+    probe: nn.Module = nn.ModuleList([nn.Linear(2, 2)])  # a list of blocks, for methods that stream them
+    if registry.card(key).kind == "gradient":
+        quantize_weights_(probe)  # which goes with any storage
     return registry.build(key, probe, lr).storage
 
 

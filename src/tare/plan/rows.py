@@ -7,22 +7,23 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tare.core.storage import Storage
 from tare.methods import registry
-from tare.plan import released
-from tare.plan.activations import Moment, Precision, StepProfile, Workload, profile_model
+from tare.plan import rank_rows, released
+from tare.plan.activations import Precision, Workload, profile_model
 from tare.plan.forward import probe_profile
 from tare.plan.kinds import Kind
+from tare.plan.links import Link
 from tare.plan.models import full
+from tare.plan.profile import Moment, StepProfile
+from tare.plan.rank_rows import Event, OfRanks, Rank, RankMoments
+from tare.plan.ranks import Ranks
 from tare.plan.resolve import Choice, applicable, resolve
+from tare.plan.shares import Share
 from tare.plan.steps import StepCost, accumulation_refused, step_cost
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from tare.plan.shapes import ModelShape
-
-Event = Literal[
-    "end of forward", "backward", "optimizer step", "refresh", "first step", "measuring", "evaluation", "perturbed forward"
-]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ class Settings:
     bases: released.Bases = field(default_factory=released.Bases)  # with release and micro-batches: what they come from
     alone: bool = True  # whether one method is planned, to which all of `hyper` is meant
     work: Workload | None = None  # what the model is fed, if not packed text
+    ranks: Ranks | None = (
+        None  # the processes that share the work; `batch` is what one of them is fed. None: one by itself
+    )
+    links: tuple[Link, Link] | None = None  # within and between machines
+    follow: bool = True  # whether torch's engine may be followed where arithmetic gives the same
 
     def profile(self, quantized: bool = False, trained: tuple[str, ...] | None = None) -> StepProfile:
         """Weights, activations and gradients of a micro-batch. quantized: linear weights are int8. trained: the names of what has
@@ -79,7 +85,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class PlanRow:
-    """Bytes at the highest point of training with one method. The five parts add up to `peak`."""
+    """Bytes at the highest point of training with one method. The parts add up to `peak`."""
 
     method: str
     weights: int
@@ -94,6 +100,8 @@ class PlanRow:
     events: dict[str, int]  # the peak of each event
     note: str = ""  # why it cannot run at all
     remark: str = ""  # what else it costs
+    gathered: int = 0  # on ranks that share weights: those that are whole for a while, and buffers
+    ranks: OfRanks | None = None  # of many: this line is that of the rank that needs most
 
 
 def plan_row(settings: Settings, key: str, budget: int | None = None) -> PlanRow:
@@ -101,36 +109,62 @@ def plan_row(settings: Settings, key: str, budget: int | None = None) -> PlanRow
     if registry.card(key).kind == "forward":
         return _forward_row(settings, key, budget)
     choice = settings.choice(key)
-    cost = step_cost(choice, settings.model_config, settings.dtype, settings.model_kind)
+    cost = step_cost(choice, settings.model_config, settings.dtype, settings.model_kind, settings.work)
     # Where blocks of leaves take turns in having gradients: the turn that needs most.
-    profiles = [settings.profile(choice.storage.weight == "int8", trained) for trained in cost.trained or (None,)]
-    turns = [_moments(profile, cost, settings) for profile in profiles]
-    profile, moments = max(zip(profiles, turns, strict=True), key=lambda turn: max(m.total for m in turn[1].values()))
-    fixed = profile.weights + cost.state
-    event = max(moments, key=lambda name: moments[name].total)
-    worst = moments[event]
-    peak = fixed + worst.total
+    turns = [_turn(settings, choice, cost, trained) for trained in cost.trained or (None,)]
+    found = max(turns, key=lambda turn: max(_highest(turn, share)[1].total + share.state for share, _ in turn.of))
+    lines = [(share, *_highest(found, share)) for share, _ in found.of]
+    ranks = [Rank(s.rank, s.state, found.weights + s.state + m.total, event) for s, event, m in lines]
+    at = max(range(len(lines)), key=lambda at: ranks[at].peak)
+    share, event, worst = lines[at]
+    fixed = found.weights + share.state
     note = _objection(settings, key, choice)
     return PlanRow(
         method=key,
-        weights=profile.weights,
+        weights=found.weights,
         gradients=worst.gradients,
-        state=cost.state,
+        state=share.state,
         activations=worst.activations,
         temporaries=worst.temporaries,
-        peak=peak,
+        gathered=worst.gathered,
+        peak=fixed + worst.total,
         event=event,
-        fits=None if budget is None else peak <= budget and not note,
+        fits=None if budget is None else fixed + worst.total <= budget and not note,
         options=shown_options(choice),
-        events={name: fixed + moment.total for name, moment in moments.items()},
+        events={name: fixed + moment.total for name, moment in found.of[at][1].items()},
         note=note,
         remark="; ".join(_remarks(settings, cost)),
+        ranks=rank_rows.tell(settings, ranks[0], ranks[at], found) if settings.ranks is not None else None,
     )
+
+
+def _turn(settings: Settings, choice: Choice, cost: StepCost, trained: tuple[str, ...] | None) -> RankMoments:
+    """The moments of one process, or of those ranks that are looked at."""
+    profile = settings.profile(choice.storage.weight == "int8" and not _cut(settings), trained)
+    if _cut(settings):
+        return rank_rows.cut_moments(settings, choice, cost, profile, trained)
+    moments = _moments(profile, cost, settings)
+    if settings.ranks is not None:
+        return rank_rows.whole_moments(settings, choice, cost, profile, moments)
+    return RankMoments(profile.weights, ((Share(0, cost.state), moments),))
+
+
+def _highest(found: RankMoments, share: Share) -> tuple[Event, Moment]:
+    moments = next(moments for each, moments in found.of if each is share)
+    event = max(moments, key=lambda name: moments[name].total)
+    return event, moments[event]
+
+
+def _cut(settings: Settings) -> bool:
+    return settings.ranks is not None and settings.ranks.sharded
 
 
 def _forward_row(settings: Settings, key: str, budget: int | None) -> PlanRow:
     """The line of a method that steps without gradients: forward with a module's weights copied, and the step after it."""
     choice = settings.choice(key)
+    note = (
+        "" if settings.ranks is None else "makes no gradients to send: its processes share losses (--workers); plan one"
+    )
     found = probe_profile(
         choice, settings.config, settings.batch, settings.seq, dtype=settings.dtype, precision=settings.precision,
         accumulate=settings.accumulate, work=settings.work,
@@ -152,9 +186,10 @@ def _forward_row(settings: Settings, key: str, budget: int | None) -> PlanRow:
         temporaries=worst.temporaries,
         peak=fixed + worst.total,
         event=event,
-        fits=None if budget is None else fixed + worst.total <= budget,
+        fits=None if budget is None else fixed + worst.total <= budget and not note,
         options=shown_options(choice),
         events={name: fixed + moment.total for name, moment in moments.items()},
+        note=note,
         remark=found.remark,
     )
 
@@ -181,7 +216,7 @@ def _moments(profile: StepProfile, cost: StepCost, settings: Settings) -> dict[E
     if settings.release:
         # Each leaf is stepped at its moment in backward, when its gradient is the only finished one.
         def at(leaf_temporaries: dict[str, int]) -> Moment:
-            steps = [_plus(leaf.others, leaf_temporaries.get(leaf.name, 0)) for leaf in profile.leaves]
+            steps = [leaf.others.plus(temporaries=leaf_temporaries.get(leaf.name, 0)) for leaf in profile.leaves]
             return max(steps, key=lambda moment: moment.total, default=Moment())
 
         forward, backward = profile.forward, profile.released
@@ -217,20 +252,18 @@ def _released_moments(profile: StepProfile, cost: StepCost, settings: Settings) 
     return moments
 
 
-def _plus(moment: Moment, temporaries: int) -> Moment:
-    return dataclasses.replace(moment, temporaries=moment.temporaries + temporaries)
-
-
 def _objection(settings: Settings, key: str, choice: Choice) -> str:
     """Why this method cannot run with these settings at all, or nothing."""
     if settings.release and registry.card(key).release == "no":
         return "cannot step inside backward"
+    if _cut(settings) and (why := rank_rows.objection(settings, choice)):
+        return why
     if not settings.release or settings.accumulate == 1:
         return ""
-    if accumulation_refused(choice, settings.config, settings.dtype, by_previous=False):
+    if accumulation_refused(choice, settings.config, settings.dtype, False, settings.work):
         return "needs whole gradients: no --release with --accumulate"
     by_previous = settings.clip_mode == "previous"
-    if accumulation_refused(choice, settings.config, settings.dtype, by_previous):
+    if accumulation_refused(choice, settings.config, settings.dtype, by_previous, settings.work):
         return "sums projected gradients, which have no whole norm: no --clip-mode previous with --accumulate"
     return ""
 

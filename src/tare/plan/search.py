@@ -44,10 +44,11 @@ class Change:
 def advise(settings: Settings, keys: list[str], budget: int, tell: Callable[[str], None] = lambda news: None) -> Advice:
     """The cheapest change with which one of the methods fits; among equals, the better method by its card.
 
-    The order of least intrusion: recompute activations, step inside backward (or, where that is so and micro-batches are many,
-    compute bases in passes), 8-bit moments, smaller rank, smaller batch, bf16 weights, shorter sequences. The first two do not
-    change the training at all.
+    The order of least intrusion: recompute activations, step inside backward (or, where that is so and micro-batches are many, compute
+    bases in passes), cut weights among ranks where each has all of them, 8-bit moments, smaller rank, smaller batch, bf16 weights,
+    shorter sequences. The first three do not change the training at all.
     """
+    settings = dataclasses.replace(settings, follow=False)
     keys = sorted(keys, key=lambda key: registry.card(key).auto_rank)
     bound = Bound(budget)
     best: tuple[int, PlanRow, str] | None = None
@@ -108,6 +109,9 @@ def _ladders(settings: Settings, key: str) -> Iterator[list[Change]]:
     card, choice = registry.card(key), settings.choice(key)
     if not settings.checkpointing:
         yield [stay, Change(1, "--checkpointing", {"checkpointing": True})]
+    ranks = settings.ranks
+    if ranks is not None and not ranks.sharded and ranks.gpus > 1:
+        yield [stay, Change(3, "--parallel fsdp", {"ranks": dataclasses.replace(ranks, parallel="fsdp")})]
     if not settings.release and settings.accumulate == 1 and card.release != "no":
         yield [stay, Change(2, "--release --clip-mode two-pass", {"release": True, "clip_mode": "two-pass"})]
     if settings.release and settings.accumulate > 1 and settings.bases == Bases() and card.release == "accumulates":
@@ -116,11 +120,12 @@ def _ladders(settings: Settings, key: str) -> Iterator[list[Change]]:
         yield [stay, Change(4, "--method.storage.moment int8", {"moment": "int8"})]
     rank = choice.options.get("rank", getattr(registry.options(key).get("rank"), "default", None))
     if isinstance(rank, int) and rank > 8:
-        ranks = _halvings(rank, 8)
-        yield [stay, *(Change(8 * n, f"--rank {r}", {"rank": r}) for n, r in enumerate(ranks, 1))]
+        smaller = _halvings(rank, 8)
+        yield [stay, *(Change(8 * n, f"--rank {r}", {"rank": r}) for n, r in enumerate(smaller, 1))]
+    gpus = 1 if ranks is None else ranks.gpus
     if settings.batch > 1:
         batches = _halvings(settings.batch, 1)
-        yield [stay, *(Change(16 * n, f"--batch {b}", {"batch": b}) for n, b in enumerate(batches, 1))]
+        yield [stay, *(Change(16 * n, f"--batch {b * gpus}", {"batch": b}) for n, b in enumerate(batches, 1))]
     if settings.precision != "bf16":
         yield [stay, Change(64, "--precision bf16", {"precision": "bf16", "dtype": "bf16"})]
     if settings.batch == 1 and settings.seq > 256:

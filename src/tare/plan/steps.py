@@ -22,7 +22,7 @@ from tare.core.optimizer import Optimizer
 from tare.core.random import normal
 from tare.core.write import CHUNK
 from tare.kernels import native
-from tare.plan.activations import fake_tensors
+from tare.plan.activations import Workload, fake_tensors
 from tare.plan.cache import cached
 from tare.plan.kinds import Kind
 from tare.plan.models import DTYPES, build_skeleton, identity
@@ -73,8 +73,11 @@ def trained_sets(choice: Choice, config: "PretrainedConfig | ModelShape", dtype:
     return on_paper(choice, config, dtype).trained_sets()
 
 
-def step_cost(choice: Choice, config: "PretrainedConfig | ModelShape", dtype: str, kind: Kind = "causal") -> StepCost:
-    """State and temporaries of a method on a model whose weights are `dtype`, from disk if known."""
+def step_cost(
+    choice: Choice, config: "PretrainedConfig | ModelShape", dtype: str, kind: Kind = "causal", work: Workload | None = None
+) -> StepCost:  # fmt: skip
+    """State and temporaries of a method on a model whose weights are `dtype`, from disk if known. work: what changes its layers."""
+    layers, alter = (None, None) if work is None else (work.layers(), work.alter)
     what = {
         "kind": "optimizer",
         "config": identity(config),
@@ -86,12 +89,18 @@ def step_cost(choice: Choice, config: "PretrainedConfig | ModelShape", dtype: st
     }
     if kind != "causal":
         what["model"] = kind
+    if layers is not None:
+        what["layers"] = layers
+        return cached(what, lambda: _run(choice, on_paper(choice, config, dtype, kind, alter)), _encode, _decode)
     return cached(what, lambda: _run(choice, on_paper(choice, config, dtype, kind)), _encode, _decode)
 
 
-def accumulation_refused(choice: Choice, config: "PretrainedConfig | ModelShape", dtype: str, by_previous: bool) -> str:
+def accumulation_refused(
+    choice: Choice, config: "PretrainedConfig | ModelShape", dtype: str, by_previous: bool, work: Workload | None = None
+) -> str:  # fmt: skip
     """Why release mode cannot step on several micro-batches with this method, or nothing; see `Optimizer`."""
-    return on_paper(choice, config, dtype).accumulation_refused(by_previous)
+    kind, alter = ("causal", None) if work is None or work.layers() is None else (work.kind, work.alter)
+    return on_paper(choice, config, dtype, kind, alter).accumulation_refused(by_previous)  # type: ignore[arg-type]
 
 
 def _hashable(config: "PretrainedConfig | ModelShape") -> str | ModelShape:
@@ -116,14 +125,24 @@ def _shapes(config: str | ModelShape, dtype: str, quantized: bool = False, kind:
 
 def on_paper(
     choice: Choice, config: "PretrainedConfig | ModelShape", dtype: str, kind: Kind = "causal",
-    alter: Callable[[nn.Module], None] | None = None,
+    alter: Callable[[nn.Module], nn.Module | None] | None = None,
 ) -> Optimizer:  # fmt: skip
     """The optimizer of the whole model on the meta device: it has leaves and an account, and no state. alter: changes the model first."""
-    model = _shapes(_hashable(config), dtype, choice.storage.weight == "int8", kind)
-    if alter is not None:
-        model = copy.deepcopy(model)  # the other is kept
-        alter(model)
+    model = model_on_paper(config, dtype, choice.storage.weight == "int8", kind, alter)
     return Choice(choice.key, choice.lr, choice.options, choice.storage).build(model)
+
+
+def model_on_paper(
+    config: "PretrainedConfig | ModelShape", dtype: str, quantized: bool = False, kind: Kind = "causal",
+    alter: Callable[[nn.Module], nn.Module | None] | None = None,
+) -> nn.Module:  # fmt: skip
+    """The parameters of a model, on the meta device. alter: changes it first."""
+    model = _shapes(_hashable(config), dtype, quantized, kind)
+    if alter is None:
+        return model
+    model = copy.deepcopy(model)  # the other is kept
+    altered = alter(model)
+    return model if altered is None else altered
 
 
 def _run(choice: Choice, whole: Optimizer) -> StepCost:
@@ -131,8 +150,11 @@ def _run(choice: Choice, whole: Optimizer) -> StepCost:
     normal(0, (1,))  # its table is made once and kept: it must not be made of fake tensors
     kinds: dict[Leaf, list[str]] = {}
     first: dict[Any, Leaf] = {}
-    quantized = set()
+    quantized, frozen = set(), set()
     for leaf, p in zip(whole.leaves, (p for group in whole.param_groups for p in group["params"]), strict=True):
+        if not (p.requires_grad or (whole._turns and p in whole._turns.off)):
+            frozen.add(leaf.name)
+            continue
         int8 = isinstance(p, Int8Weight)
         sort = (leaf.shape, leaf.dtype, leaf.role, whole.recipe.find(leaf), int8)
         kinds.setdefault(first.setdefault(sort, leaf), []).append(leaf.name)
@@ -175,7 +197,7 @@ def _run(choice: Choice, whole: Optimizer) -> StepCost:
         sorted_(prepare),
         {name: turn for name, turn in _turns(whole).items() if name in parts},
         tuple(e.leaf.name for e in whole._entries.values() if e.transform.drawn and e.leaf.name in parts),
-        whole.trained_sets(),
+        tuple(tuple(name for name in names if name not in frozen) for names in whole.trained_sets()),
         dict(Counter(e.why.removesuffix(": dense") for e in whole._entries.values() if e.why.startswith("rank "))),
     )
 

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from tare.core.int8_weight import Int8Weight
 
-Category = Literal["parameter", "gradient", "state", "input", "activation", "temporary"]
+Category = Literal["parameter", "gradient", "state", "input", "activation", "temporary", "gathered"]
 # What LAPACK and sort allocate inside themselves, in elements of the input: measured on the CPU against the allocator, fp32 and
 # fp64, 256 to 2048 rows (svd of m x n: its copy of the input; eigh of n x n: two; qr: 65 columns; sort: keys).
 WORKSPACE = {
@@ -28,7 +28,7 @@ WORKSPACE = {
     "aten::linalg_qr": lambda shape: 65 * min(shape[-2:]),
     "aten::sort": lambda shape: math.prod(shape),
 }
-CATEGORIES: tuple[Category, ...] = ("parameter", "gradient", "state", "input", "activation", "temporary")
+CATEGORIES: tuple[Category, ...] = ("parameter", "gradient", "state", "input", "activation", "temporary", "gathered")
 
 
 _DEVICE = torch.ops.prim.device.default
@@ -71,6 +71,8 @@ class MemoryTracker(TorchDispatchMode):
         self._phase = ""
         self._total = 0
         self._peaks: dict[tuple[str, bool], Peak] = {}
+        self.settled = 0
+        self._stretch: Peak | None = None
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -84,6 +86,14 @@ class MemoryTracker(TorchDispatchMode):
     def peak(self, phase: str, *, without_gradients: bool = False) -> Peak:
         """The peak of a phase; `without_gradients`: of the bytes that are not (finished) gradients."""
         return self._peaks.get((phase, without_gradients), Peak())
+
+    def stretch(self, settled: int = 0) -> Peak | None:
+        """The peak since the last call; another stretch begins. settled: bytes of gradients that are not counted from now on, as if
+        they had left."""
+        last, self.settled = self._stretch, self.settled + settled
+        self._stretch = Peak(-1)
+        self._note()
+        return last
 
     @contextmanager
     def phase(self, name: str, born: Category = "temporary") -> Iterator[None]:
@@ -158,3 +168,7 @@ class MemoryTracker(TorchDispatchMode):
             if peak is None or seen > peak.total:
                 parts = dict(self.current, temporary=self.current["temporary"] + workspace)
                 self._peaks[self._phase, without] = Peak(seen, parts)
+        if self._stretch is not None and total - self.settled > self._stretch.total:
+            parts = dict(self.current, temporary=self.current["temporary"] + workspace)
+            parts["gradient"] -= self.settled
+            self._stretch = Peak(total - self.settled, parts)

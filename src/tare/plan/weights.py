@@ -46,7 +46,6 @@ def load_pretrained(
     Raises:
         InputError: a damaged file, a tensor that is missing, of another shape, or not finite.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     from tare.plan.models import one_line
@@ -60,26 +59,28 @@ def load_pretrained(
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # it then tells which, and we refuse
         )
-    except (SafetensorError, OSError, RuntimeError, ValueError) as fault:
+    except Exception as fault:  # of safetensors, or whatever transformers makes of a value in config.json
         raise InputError(f"{folder}: the weights cannot be read: {one_line(fault)}") from fault
     model, info = loaded
-    for what in ("missing_keys", "mismatched_keys"):
-        lacking = sorted((name for name in info.get(what) or () if not _drawn(name, what, fresh)), key=str)
-        if lacking:
-            first = lacking[0]
-            raise InputError(
-                f"{folder}: {what.replace('_keys', '')} weight {first}: the files do not match config.json"
-            )
+    if missing := sorted(name for name in info.get("missing_keys") or () if not _drawn(name, fresh)):
+        raise InputError(f"{folder}: missing weight {missing[0]}: the files do not match config.json")
+    if other := sorted(info.get("mismatched_keys") or (), key=str):
+        name, *shapes = (other[0],) if isinstance(other[0], str) else other[0]
+        there, here = map(list, shapes) if len(shapes) == 2 else ("another shape", "the model's")
+        raise InputError(
+            f"{folder}: weight {name} is {there} there and {here} by config.json; the files do not match it"
+        )
     for name, weight in model.named_parameters():
         if not bool(weight.isfinite().all()):
             raise InputError(f"{folder}: weight {name} holds NaN or infinite values")
     return model
 
 
-def _drawn(name: Any, what: str, fresh: tuple[str, ...]) -> bool:
-    """Whether a weight is missing and may be."""
-    return what == "missing_keys" and any(f".{name}".find(f".{head}") >= 0 for head in fresh)
+def _drawn(name: Any, fresh: tuple[str, ...]) -> bool:
+    """Whether a weight that is missing may be."""
+    return any(f".{name}".find(f".{head}") >= 0 for head in fresh)
 
 
 def _check_index(folder: Path) -> None:

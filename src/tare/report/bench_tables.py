@@ -4,6 +4,8 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
+from tare.report import scale_tables
+
 ADAMW_BYTES = 28  # an fp32 AdamW step reads W, G, M, V and writes W, M, V: 7 x 4 bytes for each parameter
 MIB = 2**20
 
@@ -277,6 +279,8 @@ VIEWS: dict[str, Callable[[Result], str]] = {
     "deepzero": lambda result: _forward("deepzero", result),
     "directions": lambda result: _forward("directions", result),
     "stream": lambda result: _forward("stream", result),
+    "mezo-side-by-side": lambda result: _forward("side_by_side", result),
     "staggered": lambda result: rendered(staggered(result)),
     "notes": _said,
+    **scale_tables.VIEWS,
 }

@@ -169,7 +169,14 @@ def finished(config: RunConfig) -> Row | None:
 
 def _asked(config: RunConfig) -> str:
     """The settings that a finished run must share to count as this one."""
-    neutral = {"out": "x", "resume": False, "checkpoint_every": 1, "keep": 2, "tensorboard": False}
+    neutral = {
+        "out": "x",
+        "resume": False,
+        "checkpoint_every": 1,
+        "checkpoint_async": "auto",
+        "keep": 2,
+        "tensorboard": False,
+    }
     return dump(replace(config, run=replace(config.run, **neutral)))  # type: ignore[arg-type]
 
 

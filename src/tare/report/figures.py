@@ -11,7 +11,7 @@ from html import escape
 
 from tare.plan.budget import format_bytes
 
-SERIES, PARTS = 8, 5  # how many colours the page defines
+SERIES, PARTS = 8, 6  # how many colours the page defines
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,35 @@ def stream(result: Result) -> str:
     return _with(rendered((header, rows)), [note])
 
 
+def side_by_side(result: Result) -> str:
+    """Our plans beside the published step, along the directions that it drew."""
+    from tare.report.bench_tables import rendered
+
+    rows: list[tuple[str, ...]] = [
+        (
+            row["name"],
+            f"{row['ratio']['median']:.2f}",
+            f"{row['ratio']['q1']:.2f} to {row['ratio']['q3']:.2f}",
+            f"{row['beyond'] / MIB:.2f}",
+            f"{row['loss_difference']:.1e}",
+            f"{row['weight_difference']:.1e}",
+        )
+        for row in result["results"]
+    ]
+    theirs = ("published", "1.00", "", f"{result['beyond']['theirs'] / MIB:.2f}", "", "")
+    header = ("step", "x published", "25-75 %", "beyond the model, MiB", "losses differ by", "weights differ by")
+    settings = result["settings"]
+    notes = [
+        f"{settings['family']}, {result['weights'] / MIB:.1f} MiB of weights, the largest {result['largest'] / MIB:.2f}, "
+        f"{settings['dtype']}, {settings['batch']} x {settings['seq']} tokens; inference alone needs "
+        f"{result['beyond']['inference'] / MIB:.2f} MiB beyond the model. Losses and weights: largest differences in {settings['steps']} "
+        "steps along the same directions.",
+        f"princeton-nlp/MeZO {result['theirs'] or 'at an unknown commit'}; {_machine(result)}; `{result['command']}`, commit "
+        f"{_short(result)}, {result['date']}.",
+    ]
+    return _with(rendered((header, [theirs, *rows])), notes)
+
+
 def directions(result: Result) -> str:
     """Directions drawn where they are written, beside drawing them with torch."""
     from tare.report.bench_tables import rendered

@@ -12,11 +12,11 @@ STYLE = """
 :root { color-scheme: light dark; --ground: #ffffff; --text: #1b1f24; --quiet: #6a737d; --grid: #e4e7eb; --pale: .45;
   --series-1: #0072b2; --series-2: #d55e00; --series-3: #009e73; --series-4: #b5518f; --series-5: #8a6d00;
   --series-6: #3b8fc4; --series-7: #5b5bd6; --series-8: #555555;
-  --part-1: #0072b2; --part-2: #e69f00; --part-3: #009e73; --part-4: #cc79a7; --part-5: #8c8c8c; }
+  --part-1: #0072b2; --part-2: #e69f00; --part-3: #009e73; --part-4: #cc79a7; --part-5: #8c8c8c; --part-6: #56b4e9; }
 @media (prefers-color-scheme: dark) { :root { --ground: #14171a; --text: #e6e8ea; --quiet: #9aa4ae; --grid: #2b3137;
   --series-1: #56b4e9; --series-2: #ff8c42; --series-3: #2fcf9f; --series-4: #e39ac4; --series-5: #f0e442;
   --series-6: #9ecdf0; --series-7: #a3a3ff; --series-8: #bbbbbb;
-  --part-1: #4c9fd6; --part-2: #e6a73a; --part-3: #2bb68b; --part-4: #d391b8; --part-5: #8f979e; } }
+  --part-1: #4c9fd6; --part-2: #e6a73a; --part-3: #2bb68b; --part-4: #d391b8; --part-5: #8f979e; --part-6: #8fd0f5; } }
 body { background: var(--ground); color: var(--text); font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto;
   max-width: 900px; padding: 0 1rem; }
 h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.1rem; margin-top: 2rem; }

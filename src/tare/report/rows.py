@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from rich.table import Table
 
-CATEGORIES = ["weights", "gradients", "state", "activations", "temporaries"]
+CATEGORIES = ["weights", "gradients", "state", "activations", "temporaries", "gathered"]
 MIB = 2**20
 
 

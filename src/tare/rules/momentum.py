@@ -36,7 +36,7 @@ class Momentum(Transform):
 
     @property
     def proportional(self) -> float | None:  # type: ignore[override]
-        return 1.0 if self.momentum == 0.0 and type(self).update is Momentum.update else None
+        return 1.0 if self.momentum == 0.0 else None
 
     def spec(self, leaf: Leaf) -> dict[str, StateSpec]:
         return {"momentum_buffer": StateSpec(leaf.shape)} if self.momentum else {}
@@ -50,11 +50,10 @@ class Momentum(Transform):
         return Dense(g.add(buffer, alpha=self.momentum) if self.nesterov else buffer)
 
     def _rest(self, step: Step) -> float:
+        """What the gradient is multiplied by; the buffer is 0 at the first step."""
         return 1.0 if step.count == 1 else 1.0 - self.dampening
 
     def update_many(self, batch: list[Work]) -> list[Work]:
-        if type(self).update is not Momentum.update:  # another rule, whose steps the kernel does not know
-            return batch
         return [work for work in batch if not self._native(work)]
 
     def _native(self, work: Work) -> bool:

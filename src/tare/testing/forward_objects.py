@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tare.testing.forward import ForwardSubject, drive
+from tare.testing.resume import only_plain
 from tare.testing.subject import same
 from tare.zeroth.probes import Term
 
@@ -26,19 +27,7 @@ def state_bytes_are_those_allocated(subject: ForwardSubject) -> None:
                 assert sorted(opt.state[p]) == names[entry.leaf.name], (
                     f"{entry.leaf.name}: names changed with the first step"
                 )
-        _plain(opt.state_dict()["param_groups"])
-
-
-def _plain(value: object) -> None:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            assert isinstance(key, str | int), f"key {key!r}"
-            _plain(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            _plain(item)
-    else:
-        assert value is None or isinstance(value, Tensor | int | float | str | bool), f"{value!r} in a state dict"
+        only_plain(opt.state_dict()["param_groups"])
 
 
 def explains_itself(subject: ForwardSubject) -> None:

@@ -95,17 +95,18 @@ def state_is_plain(subject: Subject) -> None:
                 assert type(key) is str, f"{name}: key {key!r}"
                 assert type(value) in (int, Tensor), f"{name}.{key} is {type(value).__name__}"
                 assert not (isinstance(value, Tensor) and (value.requires_grad or not value.is_contiguous()))
-        _plain(optimizer.state_dict()["param_groups"])
+        only_plain(optimizer.state_dict()["param_groups"])
 
 
-def _plain(value: Any) -> None:
+def only_plain(value: Any) -> None:
+    """A state dict's groups hold tensors, numbers, words and None, in dicts and lists."""
     if isinstance(value, dict):
         for key, item in value.items():
             assert isinstance(key, str | int), f"key {key!r}"
-            _plain(item)
+            only_plain(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            _plain(item)
+            only_plain(item)
     else:
         assert value is None or isinstance(value, Tensor | int | float | str | bool), f"{value!r} in a state dict"
 

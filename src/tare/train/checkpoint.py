@@ -1,44 +1,65 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped, as safetensors and JSON. Nothing is pickled.
 
 `step-N/` holds `weights.safetensors`, `optimizer.safetensors` + `optimizer.json` (any nesting of tensors and plain values) and
-`trainer.json` (counters, random states, configuration); `train.integrity` makes each folder whole or absent.
+`trainer.json` (counters, random states, configuration); `train.integrity` makes each folder whole or absent. A run whose weights are
+cut across ranks writes them in pieces (`train.sharded`); what is read back here may be of either kind.
 """
 
 import json
-import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tare.core.errors import CheckpointError
 from tare.core.weights import plain_parts
-from tare.train import integrity
+from tare.train import integrity, tensorfile
+from tare.train.stored import OPTIMIZER, TENSORS, TRAINER, WEIGHTS, Content, open_content
+from tare.train.trees import flatten
 
-WEIGHTS, TENSORS, OPTIMIZER, TRAINER = "weights.safetensors", "optimizer.safetensors", "optimizer.json", "trainer.json"
 SLACK = 1 << 20  # headers, JSON and folder entries, in the free-space check
 _NAME = re.compile(r"step-(0|[1-9]\d*)")
-_SPECIAL = {math.inf: "inf", -math.inf: "-inf"}
+Stage = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint holds, read back. `skipped`: why newer ones could not be used, one line each."""
+    """What a checkpoint holds; tensors are read when they are asked for. `skipped`: why newer ones could not be used, one line each."""
 
     step: int
-    folder: Path
-    weights: dict[str, Tensor]
-    optimizer: dict[str, Any]
-    trainer: dict[str, Any]
+    content: Content
     skipped: tuple[str, ...] = ()
 
+    @property
+    def folder(self) -> Path:
+        return self.content.folder
 
-def save(
+    @property
+    def trainer(self) -> dict[str, Any]:
+        return self.content.trainer
+
+    @cached_property
+    def weights(self) -> dict[str, Tensor]:
+        """All weights, whole: views of the mapped file, or on the CPU where a checkpoint has them in pieces."""
+        return {name: stored.whole() for name, stored in self.content.weights.items()}
+
+    @cached_property
+    def optimizer(self) -> dict[str, Any]:
+        """The optimizer's `state_dict()`, whole, as `weights`."""
+        return self.content.state_dict()
+
+
+def save(folder: Path, step: int, **parts: Any) -> Path:
+    """Write `folder/step-N`, then delete what is no longer kept: `prepare`, and what it returns, at once."""
+    return prepare(folder, step, **parts)()
+
+
+def prepare(
     folder: Path,
     step: int,
     *,
@@ -47,8 +68,9 @@ def save(
     trainer: dict[str, Any],
     facts: dict[str, Any] | None = None,
     keep: int = 2,
-) -> Path:
-    """Write `folder/step-N`, then delete what is no longer kept.
+    stage: Stage | None = None,
+) -> Callable[[], Path]:
+    """Take down what a checkpoint is to hold; the function returned writes it, on whichever thread.
 
     Args:
         folder: the run's `checkpoints/`; made if missing, but not its parent.
@@ -58,44 +80,69 @@ def save(
         trainer: the rest, of the same plain values.
         facts: stated in the manifest; `eval_loss` there decides which checkpoint is the best.
         keep: newest checkpoints kept, at least 2, so that one damaged file never costs the run; the best is kept besides.
+        stage: copies tensors, for a writer that runs while they change; None: they are written as they are then.
 
     Raises:
-        CheckpointError: no space, or not writable; older checkpoints are untouched.
+        CheckpointError: no space, or not writable; older checkpoints are untouched. Here, or from the function.
         TypeError: a state that is no plain value; it names where.
     """
     plain, tensors = flatten(optimizer)
     rest, extra = flatten(trainer)
     if extra:
         raise TypeError(f"trainer state holds tensors: {', '.join(extra)}; give lists")
-    files = {OPTIMIZER: json.dumps(plain, allow_nan=False), TRAINER: json.dumps(rest, allow_nan=False)}
+    tensorfile.check(weights)
+    tensorfile.check(tensors)
+    texts = {OPTIMIZER: json.dumps(plain, allow_nan=False), TRAINER: json.dumps(rest, allow_nan=False)}
+    make(folder)
+    needed = nbytes(weights) + nbytes(tensors) + sum(map(len, texts.values())) + SLACK
+    integrity.require_space(folder, needed, f"the checkpoint of step {step}")
+    target = folder / f"step-{step}"
+    held = {WEIGHTS: weights, TENSORS: tensors}
+    if stage is not None:
+        both = stage({f"{file}/{name}": tensor for file, part in held.items() for name, tensor in part.items()})
+        held = {file: {name: both[f"{file}/{name}"] for name in part} for file, part in held.items()}
+
+    def write() -> Path:
+        integrity.commit(
+            target,
+            {
+                WEIGHTS: lambda path: tensorfile.write(path, held[WEIGHTS]),
+                TENSORS: lambda path: tensorfile.write(path, held[TENSORS]),
+                OPTIMIZER: lambda path: put_text(path, texts[OPTIMIZER]),
+                TRAINER: lambda path: put_text(path, texts[TRAINER]),
+            },
+            stated(step, facts),
+        )
+        prune(folder, keep)
+        return target
+
+    return write
+
+
+def make(folder: Path) -> None:
+    """The folder of checkpoints, if it is not there yet. Raises `CheckpointError` where the run's own has vanished."""
     try:
         folder.mkdir(exist_ok=True)
     except OSError as fault:  # the run's folder itself has vanished, or may no longer be written
         raise CheckpointError(f"{folder}: cannot be written ({fault.strerror}); the checkpoint is not saved") from fault
-    needed = nbytes(weights) + nbytes(tensors) + sum(map(len, files.values())) + SLACK
-    integrity.require_space(folder, needed, f"the checkpoint of step {step}")
-    target = folder / f"step-{step}"
-    if target.exists():  # same step after a resume, or a damaged one that was passed over: never written over in place
-        integrity.remove(target)
-    integrity.commit(
-        target,
-        {
-            WEIGHTS: lambda path: _save_tensors(weights, path),
-            TENSORS: lambda path: _save_tensors(tensors, path),
-            OPTIMIZER: lambda path: _write(path, files[OPTIMIZER]),
-            TRAINER: lambda path: _write(path, files[TRAINER]),
-        },
-        {"step": step, "torch": str(torch.__version__), **(facts or {})},
-    )
-    prune(folder, keep)
-    return target
+
+
+def stated(step: int, facts: dict[str, Any] | None) -> dict[str, Any]:
+    """What the manifest of a checkpoint says besides its files."""
+    return {"step": step, "torch": str(torch.__version__), **(facts or {})}
+
+
+def step_of(name: str) -> int | None:
+    """The step that the name of a checkpoint's folder states; None where it is no such name."""
+    match = _NAME.fullmatch(name)
+    return int(match[1]) if match else None
 
 
 def found(folder: Path) -> list[tuple[int, Path]]:
     """(step, folder) of every checkpoint by name, newest first; whether they are intact is not asked."""
     if not folder.is_dir():
         return []
-    named = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    named = [(step, path) for path in folder.iterdir() if (step := step_of(path.name)) is not None]
     return sorted(named, reverse=True)
 
 
@@ -122,8 +169,15 @@ def load_latest(folder: Path) -> Snapshot | None:
         integrity.NewerFormat: the newest was written by a later tare.
         CheckpointError: there are checkpoints and every one is damaged; the message names the newest's damage.
     """
+    return newest(found(folder), load)
+
+
+def newest(
+    candidates: list[tuple[int, Path]], load: Callable[[Path, int, tuple[str, ...]], Snapshot]
+) -> Snapshot | None:
+    """The first that `load` takes; as `load_latest`."""
     faults: list[str] = []
-    for step, path in found(folder):
+    for step, path in candidates:
         try:
             return load(path, step, tuple(faults))
         except integrity.NewerFormat:
@@ -136,69 +190,17 @@ def load_latest(folder: Path) -> Snapshot | None:
     return None
 
 
-def load(path: Path, step: int, skipped: tuple[str, ...] = ()) -> Snapshot:
-    """Read one checkpoint, verified first. Raises `CheckpointError`, naming the file that is at fault."""
-    manifest = integrity.verify(path)
-    for name in (WEIGHTS, TENSORS, OPTIMIZER, TRAINER):
-        if name not in manifest["files"]:
-            raise CheckpointError(f"{path / name}: missing from the checkpoint")
+def load(path: Path, step: int, skipped: tuple[str, ...] = (), part: int = 0, parts: int = 1) -> Snapshot:
+    """Open one checkpoint, verified first. Raises `CheckpointError`, naming the file that is at fault.
+
+    part, parts: of several processes each verifies the content of its part of the files; all must do so before any trusts it.
+    """
+    manifest = integrity.verify(path, part, parts)
     if manifest.get("step") != step:
         raise CheckpointError(
             f"{path}: holds step {manifest.get('step')}; the folder was renamed or copied from elsewhere"
         )
-    name = OPTIMIZER
-    try:
-        optimizer = unflatten(json.loads((path / OPTIMIZER).read_text("utf-8")), _load_tensors(path / TENSORS))
-        name = TRAINER
-        trainer = unflatten(json.loads((path / TRAINER).read_text("utf-8")), {})
-    except (KeyError, TypeError, ValueError, RecursionError) as fault:
-        raise CheckpointError(f"{path / name}: damaged ({type(fault).__name__}: {fault})") from fault
-    return Snapshot(step, path, _load_tensors(path / WEIGHTS), optimizer, trainer, skipped)
-
-
-def flatten(tree: Any) -> tuple[Any, dict[str, Tensor]]:
-    """A tree of plain values and tensors as JSON values plus named tensors; `unflatten` gives back an equal tree.
-
-    >>> flatten({"lr": 0.1, "betas": (0.9, 0.999), 0: [None, torch.ones(2)]})
-    ({'$dict': [['lr', 0.1], ['betas', {'$tuple': [0.9, 0.999]}], [0, [None, {'$tensor': '0.1'}]]]}, {'0.1': tensor([1., 1.])})
-    """
-    tensors: dict[str, Tensor] = {}
-
-    def walk(node: Any, where: str) -> Any:
-        if isinstance(node, Tensor):
-            tensors[where] = node.detach()
-            return {"$tensor": where}
-        if isinstance(node, float) and not math.isfinite(node):
-            return {"$float": _SPECIAL.get(node, "nan")}
-        if node is None or type(node) in (bool, int, float, str):
-            return node
-        if type(node) in (list, tuple):
-            items = [walk(item, f"{where}.{index}".lstrip(".")) for index, item in enumerate(node)]
-            return items if type(node) is list else {"$tuple": items}
-        if isinstance(node, dict) and all(type(key) in (str, int) for key in node):
-            pairs = [[key, walk(item, f"{where}.{key}".lstrip("."))] for key, item in node.items()]
-            simple = all(isinstance(key, str) and not key.startswith("$") for key in node)
-            return dict(pairs) if simple else {"$dict": pairs}
-        raise TypeError(f"state {where or 'tree'}: a {type(node).__name__} cannot be checkpointed; use plain values")
-
-    return walk(tree, ""), tensors
-
-
-def unflatten(plain: Any, tensors: dict[str, Tensor]) -> Any:
-    """The inverse of `flatten`. Raises KeyError, TypeError or ValueError if the two parts do not belong together."""
-    if isinstance(plain, list):
-        return [unflatten(item, tensors) for item in plain]
-    if not isinstance(plain, dict):
-        return plain
-    if "$tensor" in plain:
-        return tensors[plain["$tensor"]]
-    if "$float" in plain:
-        return float(plain["$float"])
-    if "$tuple" in plain:
-        return tuple(unflatten(item, tensors) for item in plain["$tuple"])
-    if "$dict" in plain:
-        return {key: unflatten(item, tensors) for key, item in plain["$dict"]}
-    return {key: unflatten(item, tensors) for key, item in plain.items()}
+    return Snapshot(step, open_content(path, manifest, part, parts), skipped)
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
@@ -212,34 +214,28 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 def restore_weights(model: nn.Module, snapshot: Snapshot) -> None:
     """Copy the weights into the model, in place. Raises `CheckpointError` unless names, shapes and dtypes are the same."""
     own = weights_of(model)
-    where = snapshot.folder / WEIGHTS
-    for name in sorted(own.keys() ^ snapshot.weights.keys()):
+    check_weights(own, snapshot.content)
+    for name, tensor in own.items():
+        tensor.copy_(snapshot.content.weights[name].whole())
+
+
+def check_weights(own: dict[str, Tensor], content: Content) -> None:
+    """Raise `CheckpointError` unless a checkpoint holds just these weights, in these shapes and dtypes."""
+    where = content.folder / (WEIGHTS if not content.sharded else "")
+    for name in sorted(own.keys() ^ content.weights.keys()):
         side = "the checkpoint lacks" if name in own else "the model lacks"
         raise CheckpointError(f"{where}: belongs to another model: {side} {name!r}")
     for name, tensor in own.items():
-        kept = snapshot.weights[name]
-        if (kept.shape, kept.dtype) != (tensor.shape, tensor.dtype):
+        kept = content.weights[name]
+        if (kept.shape, kept.dtype) != (tuple(tensor.shape), tensor.dtype):
             was, now = (f"{list(t.shape)} {str(t.dtype)[6:]}" for t in (kept, tensor))
             raise CheckpointError(f"{where}: belongs to another model: {name!r} is {was} there, {now} here")
-        tensor.copy_(kept)
 
 
 def nbytes(tensors: dict[str, Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-
-
-def _load_tensors(path: Path) -> dict[str, Tensor]:
-    # The tensors are views of the mapped file, so reading costs no memory: who keeps them copies them.
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as fault:
-        raise CheckpointError(f"{path}: damaged ({str(fault).splitlines()[0]})") from fault
-
-
-def _write(path: Path, text: str) -> None:
+def put_text(path: Path, text: str) -> None:
+    """Write a file of text."""
     path.write_text(text, encoding="utf-8")

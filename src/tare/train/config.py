@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tare.core.errors import InputError
+from tare.train.adapters import AdapterConfig
 from tare.train.quantize import Quantization
 from tare.train.settings import Section, setting
 
@@ -113,10 +114,39 @@ class TrainConfig(Section):
     refresh_parts: int = setting(
         1, "refresh_from sum: passes of a step that computes bases, each with 1/N of their gradients", low=1
     )
+    match: str | None = setting(
+        None, 'train only the leaves that a pattern matches, "layers.*.mlp" or "bias,norm"; none = all'
+    )
     precision: Precision = setting("fp32", "bf16 holds the weights in bf16 too")  # noqa: RUF009
     max_bad_steps: int = setting(10, "non-finite steps in a row before the run stops", low=1)
+    spike: float | None = setting(
+        None,
+        "a loss so many deviations above the recent ones takes the run back to its checkpoint; none = off",
+        above=0,
+    )
+    spike_memory: int = setting(32, "how many losses before it a spike is compared with", low=4)
+    spike_limit: int = setting(3, "times in a row that a run goes back to one checkpoint before it stops", low=1)
+    parallel: Literal["ddp", "fsdp", "hsdp"] | None = setting(
+        None,
+        "under torchrun or --nproc, with gradients: ddp holds the model whole on each process, fsdp cuts it; none = ddp",
+    )
+    shards: int | None = setting(
+        None, "hsdp: processes among which the weights are cut, while groups of so many repeat each other", low=1
+    )
+    sync: Literal["step", "batch"] | None = setting(
+        None,
+        "gradients are sent once a step, or after each micro-batch (fsdp: less memory); none = ddp step, fsdp batch",
+    )
+    compress: Literal["randk", "topk", "powersgd", "projected"] | None = setting(
+        None, "ddp over slow links: what is sent in place of whole gradients; none = those"
+    )
+    compress_fraction: float | None = setting(
+        None, "randk, topk: share of a gradient that is sent in a step; none = 0.01", above=0, high=1
+    )
+    compress_rank: int | None = setting(None, "powersgd: its rank; none = 1", low=1)
+    compress_start: int | None = setting(None, "powersgd: steps before it begins; none = 1000", low=2)
     workers: Literal["points", "data"] | None = setting(
-        None, "under torchrun: share out the points of a step or the batch of a step; none = points"
+        None, "under torchrun or --nproc, forward-only: share out the points of a step or its batch; none = points"
     )
 
     def check_together(self) -> None:
@@ -142,7 +172,12 @@ class RunSection(Section):
     checkpoint_every: int = setting(100, "steps between checkpoints", low=1)
     eval_every: int = setting(100, "steps between evaluations", low=1)
     keep: int = setting(2, "checkpoints kept, the best one apart", low=2)
+    checkpoint_async: Literal["auto", "always", "never"] = setting(
+        "auto",
+        "write checkpoints beside the training, from a copy on the host; auto: not where the copy would break the budget",
+    )
     threads: int | None = setting(None, "CPU threads; none = torch's own choice", low=1)
+    patience: float = setting(120.0, "seconds until a worker that gives no sign of life ends the run; 0 = never", low=0)
     tensorboard: bool = setting(False, "also write TensorBoard events")
 
     def check_together(self) -> None:
@@ -167,3 +202,4 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     run: RunSection = field(default_factory=RunSection)
     task: TaskConfig = field(default_factory=TaskConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tare.core.errors import InputError
+from tare.parallel.group import Crew
 from tare.plan.activations import autocast
 from tare.train.config import Precision
 
@@ -35,6 +36,8 @@ def evaluate(
     device: torch.device | str = "cpu",
     precision: Precision = "fp32",
     legacy: bool = False,
+    crew: Crew | None = None,
+    in_step: bool = False,
 ) -> EvalResult:
     """The loss of a causal language model on batches of tokens.
 
@@ -47,28 +50,35 @@ def evaluate(
         device: where the model is.
         precision: `bf16-autocast` runs the forward in autocast, as in training.
         legacy: the biased mean of the published scripts, see above.
+        crew: workers that share the batches, all given here on each; they all get the whole result. None: this process alone.
+        in_step: a forward needs all of them, see `Crew.dealt`.
 
     Raises:
         InputError: there is nothing to predict.
     """
+    crew = crew or Crew()
     total = torch.zeros((), dtype=torch.float64)
     means: list[float] = []
     tokens = 0
     with evaluating(model), torch.no_grad():
-        for batch in batches:
+        for _, batch, counts in crew.dealt(batches, in_step):
             inputs = prepare(batch, device)
             # A model's loss is the mean over the labels that count, after its shift by one.
             count = int((inputs["labels"][:, 1:] != IGNORED).sum())
-            if count == 0:
+            if count == 0 and not in_step:
                 continue
             with autocast(precision, torch.device(device).type):
                 loss = model(**inputs, use_cache=False).loss
+            if count == 0 or not counts:
+                continue
             total += loss.double().cpu() * count
             means.append(float(loss))
             tokens += count
+    summed, tokens_of_all = crew.sums(float(total), tokens)
+    tokens = int(tokens_of_all)
     if tokens == 0:
         raise InputError("evaluation: no tokens to predict; the data is empty, all padding, or one token per sequence")
-    mean = sum(means) / (len(means) + 1) if legacy else float(total) / tokens
+    mean = sum(means) / (len(means) + 1) if legacy else summed / tokens
     return EvalResult(mean, _exp(mean), tokens)
 
 

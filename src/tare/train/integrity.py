@@ -4,13 +4,14 @@ The order of the steps is the save protocol: temporary folder, files and their f
 rename, fsync of the parent. A process may be killed between any two of them (`reach` lets a test do so).
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import secrets
 import shutil
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from tare.plan.budget import format_bytes
 from tare.train.cache import sha256_file
 
 MANIFEST = "manifest.json"
-FORMAT = 1  # of the checkpoint folder; raised when an older tare could no longer read it
-MAX_MANIFEST = 1 << 20
+FORMAT, SHARDED = 1, 2  # of the checkpoint folder; a sharded one is nothing that tare 0.1 could read
+NEWEST = SHARDED
+MAX_MANIFEST = 1 << 24
 TEMPORARY = ".tmp-"
 
 
@@ -42,48 +44,66 @@ def reach(stage: str) -> None:
 _reached: dict[str, int] = {}
 
 
-def commit(folder: Path, writers: Mapping[str, Callable[[Path], None]], facts: dict[str, Any]) -> None:
+def commit(folder: Path, writers: Mapping[str, Callable[[Path], dict[str, Any] | None]], facts: dict[str, Any]) -> None:
     """Write a folder by the protocol; at no moment does `folder` exist and lack anything.
 
     Args:
-        folder: the place. It must not exist; its parent must.
-        writers: file name -> function that writes the file at the path it is given.
+        folder: the place; what is there is removed when all else is done. Its parent must exist.
+        writers: file name -> function that writes the file at the path it is given, and may give back its size and hash.
         facts: what else the manifest states (plain JSON values).
 
     Raises:
         CheckpointError: the disk is full, or the folder cannot be written. Nothing is left behind.
     """
     temporary = aside(folder)
-    try:
+    with undone(folder, temporary):
         temporary.mkdir()
-        files = {}
-        for name, write in writers.items():
-            reach(f"before_write:{name}")
-            write(temporary / name)
-            reach(f"after_write:{name}")
-            sync(temporary / name)
-            files[name] = {"size": (temporary / name).stat().st_size, "sha256": sha256_file(temporary / name)}
-            reach(f"after_fsync:{name}")
-        (temporary / MANIFEST).write_bytes(_manifest({"format": FORMAT, **facts, "files": files}))
-        reach("after_write:manifest")
-        sync(temporary / MANIFEST)
-        sync(temporary)
-        reach("before_rename")
-        os.rename(temporary, folder)
-        reach("after_rename")
-        sync(folder.parent)
-        reach("after_commit")
+        seal(temporary, folder, {name: put(temporary / name, write) for name, write in writers.items()}, facts)
+
+
+def put(path: Path, write: Callable[[Path], dict[str, Any] | None]) -> dict[str, Any]:
+    """Write one file of a folder that is being made, durable; what the manifest has to say of it."""
+    reach(f"before_write:{path.name}")
+    fact = write(path)
+    reach(f"after_write:{path.name}")
+    sync(path)
+    reach(f"after_fsync:{path.name}")
+    return fact or {"size": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def seal(temporary: Path, folder: Path, files: Mapping[str, dict[str, Any]], facts: dict[str, Any]) -> None:
+    """Put the manifest of its files into a temporary folder, and the folder into its place."""
+    (temporary / MANIFEST).write_bytes(_manifest({"format": FORMAT, **facts, "files": dict(files)}))
+    reach("after_write:manifest")
+    sync(temporary / MANIFEST)
+    sync(temporary)
+    reach("before_rename")
+    if folder.exists():  # same step after a resume, or a damaged one that was passed over: never written over in place
+        remove(folder)
+    os.rename(temporary, folder)
+    reach("after_rename")
+    sync(folder.parent)
+    reach("after_commit")
+
+
+@contextlib.contextmanager
+def undone(folder: Path, temporary: Path) -> Iterator[None]:
+    """Inside, a fault removes the temporary folder; those of the disk become a `CheckpointError`."""
+    try:
+        yield
     except BaseException as fault:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(fault, OSError | SafetensorError):
             raise CheckpointError(
-                f"{folder}: could not be saved: {_why(fault)}; what was saved before is intact"
+                f"{folder}: could not be saved: {why(fault)}; what was saved before is intact"
             ) from fault
         raise
 
 
-def verify(folder: Path) -> dict[str, Any]:
+def verify(folder: Path, part: int = 0, parts: int = 1) -> dict[str, Any]:
     """The manifest of a folder whose every byte is as it was written.
+
+    part, parts: of several processes each reads the content of every `parts`-th file only; names and sizes are checked by all.
 
     Raises:
         NewerFormat: written by a later version of tare.
@@ -96,7 +116,7 @@ def verify(folder: Path) -> dict[str, Any]:
     present = {path.name for path in folder.iterdir()} - {MANIFEST}
     for name in sorted(present - set(files)):
         raise CheckpointError(f"{folder / name}: does not belong to this checkpoint (not in its manifest); remove it")
-    for name, fact in files.items():
+    for number, (name, fact) in enumerate(sorted(files.items())):
         path = folder / name
         # A manifest is input too: only plain names inside the folder are opened.
         if Path(name).name != name or path.is_symlink() or not path.is_file():
@@ -104,7 +124,7 @@ def verify(folder: Path) -> dict[str, Any]:
         size = path.stat().st_size
         if size != fact.get("size"):
             raise CheckpointError(f"{path}: damaged ({size} bytes, {fact.get('size')} were written)")
-        if sha256_file(path) != fact.get("sha256"):
+        if number % parts == part and sha256_file(path) != fact.get("sha256"):
             raise CheckpointError(f"{path}: damaged (its content has changed since it was written)")
     return manifest
 
@@ -126,10 +146,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: damaged (its content has changed since it was written)")
     if not isinstance(manifest.get("format"), int):
         raise CheckpointError(f"{path}: states no format")
-    if manifest["format"] > FORMAT:
+    if manifest["format"] > NEWEST:
         raise NewerFormat(
             f"{folder}: checkpoint format {manifest['format']}, written by tare {manifest.get('tare')}; "
-            f"this tare reads up to {FORMAT}; upgrade tare"
+            f"this tare reads up to {NEWEST}; upgrade tare"
         )
     return manifest
 
@@ -186,7 +206,7 @@ def _manifest(content: dict[str, Any]) -> bytes:
     return json.dumps({**content, "sha256": digest}, sort_keys=True, indent=1, allow_nan=False).encode()
 
 
-def _why(fault: Exception) -> str:
+def why(fault: Exception) -> str:
     """The reason in the words of the system, without a library's wrapping."""
     text = (getattr(fault, "strerror", None) or str(fault)).splitlines()[0]
     low = text.lower()

@@ -3,12 +3,12 @@
 The order here is what keeps promises: take the folder, build everything, check that it fits, and only then write.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from tare.kernels import gemm
-from tare.train import checkpoint, integrity, metrics, progress, run, session, workers
+from tare.train import checkpoint, integrity, metrics, progress, restarts, run, session, sharded, workers
 from tare.train.config import RunConfig
 from tare.train.progress import OnEvent, ignore
 from tare.train.trainer import Counters, Trainer, begin
@@ -83,21 +83,22 @@ def _train(config: RunConfig, crew: Crew, on_event: OnEvent) -> Result:
     working = lambda text: on_event(progress.Working(text))  # noqa: E731
     try:
         with crew.together():
+            config = restarts.going_on(config)
             folder = run.RunFolder(config.run.out, config.run.resume, own=crew.first)
+        with crew.together():
+            if config.run.resume:  # each reads its part of the files and all know whether they are intact
+                snapshot = _latest(folder.checkpoints, crew)
+        with crew.together():
             if crew.first:
-                snapshot = checkpoint.load_latest(folder.checkpoints) if config.run.resume else None
                 config, warnings = _settled(config, snapshot, crew)
         config = crew.share(lambda: config)
         with session.threads(config.run.threads or 1):
             with crew.together():
                 if crew.first:
                     task = session.open_task(config, working)
-                    predicted = session.check_budget(workers.local(config, crew), task)
-            place, fast = crew.share(lambda: ((snapshot.folder, snapshot.step) if snapshot else None, gemm.decided()))
-            gemm.pin(fast)
+                    predicted = session.check_budget(config, task, crew)
+            gemm.pin(crew.share(gemm.decided))
             with crew.together():
-                if place is not None and not crew.first:
-                    snapshot = checkpoint.load(*place)
                 job = session.build(config, predicted, working, task, crew)
                 counters = Counters()
                 if snapshot is not None:
@@ -124,20 +125,29 @@ def _train(config: RunConfig, crew: Crew, on_event: OnEvent) -> Result:
 def _settled(config: RunConfig, snapshot: checkpoint.Snapshot | None, crew: Crew) -> tuple[RunConfig, list[str]]:
     """The configuration with nothing left open, and what there is to warn of."""
     saved = snapshot.trainer["config"] if snapshot else {}
-    config = workers.enlist(session.resolve(run.inherit(saved, config)), crew)
+    config = workers.enlist(session.resolve(run.inherit(saved, config), crew), crew)
     warnings = [*(snapshot.skipped if snapshot else ()), *run.changes(saved, config)]
     if snapshot is not None:
-        was = saved["train"].get("workers"), snapshot.trainer.get("workers", 1)
-        before, after = (size if shares == "data" else 1 for shares, size in (was, (config.train.workers, crew.size)))
+        size = snapshot.trainer.get("workers", 1)
+        before = workers.parts_of(saved["train"], size)
+        after = workers.parts_of(asdict(config.train), crew.size)
         if before != after:
             warnings.append(
                 f"batches were cut into {before} parts and now are into {after}: the run goes on, but means are rounded differently"
             )
-    if crew.size == 1 and config.train.workers is not None and not snapshot:
-        warnings.append("train.workers: there is one process only; start several with torchrun --nproc-per-node N")
+    alone = [name for name in ("workers", "parallel") if getattr(config.train, name) is not None]
+    if crew.size == 1 and alone and not snapshot:
+        warnings.append(
+            f"train.{alone[0]}: there is one process only; start several with --nproc N, or torchrun --nproc-per-node N"
+        )
     if config.run.tensorboard:
         metrics.writer_class()
     return config, warnings
+
+
+def _latest(folder: Path, crew: Crew) -> checkpoint.Snapshot | None:
+    """The newest intact checkpoint, the same on all workers."""
+    return checkpoint.load_latest(folder) if crew.size == 1 else sharded.load_latest(folder, crew.control)
 
 
 def _counters(saved: dict[str, Any]) -> Counters:

@@ -1,6 +1,6 @@
 """`metrics.jsonl`: one JSON object a line, appended as the run goes, and cut back to the resumed step on resume.
 
-Every line has `event` (`step`, `eval`, `memory`, `skip`, `checkpoint`, `resume`, `warning`, `end`) and `step`, the number of steps
+Every line has `event` (`step`, `eval`, `memory`, `skip`, `checkpoint`, `resume`, `rollback`, `warning`) and `step`, the number of steps
 finished when it was written. Touches only its file (and TensorBoard's, when asked for).
 """
 
@@ -21,11 +21,22 @@ class Metrics:
 
     def __init__(self, path: Path, tensorboard: bool = False, step: int = 0) -> None:
         """Open for appending; TensorBoard then forgets what it was told of steps after `step`."""
+        self._path, self._board = path, tensorboard
+        self._open(step)
+
+    def _open(self, step: int) -> None:
+        path = self._path
         try:
             self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115  (closed in close)
         except OSError as fault:
             raise CheckpointError(f"{path}: cannot be written: {fault.strerror}") from fault
-        self._writer = writer_class()(str(path.parent / "tensorboard"), purge_step=step + 1) if tensorboard else None
+        self._writer = writer_class()(str(path.parent / "tensorboard"), purge_step=step + 1) if self._board else None
+
+    def cut(self, step: int, evaluated: int) -> None:
+        """Drop what is about to come again, as `truncate` does, and go on behind it."""
+        self.close()
+        truncate(self._path, step, evaluated)
+        self._open(step)
 
     def write(self, event: str, step: int, **values: Any) -> dict[str, Any]:
         """Append one line and hand it to the system at once. Numbers that are not finite become null: JSON has none."""
@@ -58,6 +69,9 @@ class Silent:
         """Nothing is written."""
         return {}
 
+    def cut(self, step: int, evaluated: int) -> None:
+        """Nothing to do."""
+
     def sync(self) -> None:
         """Nothing to do."""
 
@@ -85,11 +99,14 @@ def read(path: Path) -> list[dict[str, Any]]:
 def truncate(path: Path, step: int, evaluated: int) -> None:
     """Drop what was logged after `step` finished steps, and evaluations after step `evaluated`: they are about to come again.
 
-    Atomic, so that a kill leaves the old file or the new one.
+    Atomic, so that a kill leaves the old file or the new one. Raises `CheckpointError` where it cannot be written.
     """
     if path.exists():
         kept = [line for line in read(path) if line["step"] <= (evaluated if line["event"] == "eval" else step)]
-        write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        try:
+            write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        except OSError as fault:
+            raise CheckpointError(f"{path}: cannot be written: {fault.strerror}") from fault
 
 
 def writer_class() -> Any:

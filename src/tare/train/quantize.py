@@ -86,44 +86,9 @@ def trains_scales(key: str) -> bool:
 
 def planned(work: "Workload | None", quantization: Quantization, batch: int, seq: int) -> "Workload":
     """A workload, or packed text, on a model held in few bits."""
-    import torch
+    from tare.train.altered import Altered
 
-    from tare.plan.activations import Tokens, Workload
-
-    class Quantized(Workload):
-        """The same batches; other layers."""
-
-        def __init__(self) -> None:
-            self.inner = work
-            if work is not None:
-                self.kind = work.kind
-
-        def key(self) -> Any:
-            inner = ["tokens", batch, seq] if self.inner is None else self.inner.key()
-            return [inner, quantization.bits, quantization.group]
-
-        def adapt(self, config: Any) -> Any:
-            return config if self.inner is None else self.inner.adapt(config)
-
-        def alter(self, model: "nn.Module") -> None:
-            quantization.sketch_(model)
-
-        def batches(self) -> tuple[Any, Any]:
-            return self._fed().batches()
-
-        def tensors(self, some: Any) -> "list[Tensor]":
-            return self._fed().tensors(some)
-
-        def loss(self, model: "nn.Module", some: Any) -> "Tensor":
-            return self._fed().loss(model, some)
-
-        def look(self, model: "nn.Module", some: Any) -> "Tensor":
-            return self._fed().look(model, some)
-
-        def _fed(self) -> Workload:
-            return self.inner or Tokens(torch.zeros(batch, seq, dtype=torch.long))
-
-    return Quantized()
+    return Altered(work, batch, seq, quantization.sketch_, [quantization.bits, quantization.group])
 
 
 def dense_state(model: "nn.Module", dtype: Any) -> "dict[str, Tensor] | None":

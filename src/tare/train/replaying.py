@@ -2,8 +2,7 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,11 @@ from torch import nn
 
 from tare.core.errors import InputError
 from tare.methods.replay import replay
+from tare.plan.kinds import kind_of
+from tare.train import adapter_files
+from tare.train.adapter_layers import attach
+from tare.train.adapters import AdapterConfig
+from tare.train.bars import no_bars
 from tare.train.quantize import Quantization, dense_state
 from tare.zeroth.logfile import Log, read
 
@@ -33,11 +37,13 @@ class Written:
 
 def replay_folder(
     log: Path, base: Path, out: Path, *, steps: int | None = None, device: str | torch.device = "cpu",
-    progress: Callable[[int, int], Any] | None = None, quantize: Quantization | None = None,
+    progress: Callable[[int, int], Any] | None = None, quantize: Quantization | None = None, adapter: AdapterConfig | None = None,
+    seed: int = 0,
 ) -> Written:  # fmt: skip
     """Write the trained model, and copies of the base's other files (tokenizer, chat template), to `out`.
 
-    quantize: how the run held its model, where it did; what is written is dequantised. The folder appears whole or not at all.
+    quantize: how the run held its model, where it did; what is written is dequantised. adapter: what the run trained, where that was no
+    whole model; seed: of that run. The folder appears whole or not at all.
 
     Raises:
         InputError: what `read` and `replay` refuse; a base that is no model; an `out` that holds something.
@@ -47,10 +53,12 @@ def replay_folder(
         raise InputError(f"{out}: exists and is not empty; give another folder")
     if steps is not None and not 0 <= steps <= found.steps:
         raise InputError(f"{log}: holds {found.steps} steps, {steps} were asked for")
-    with _no_bars():
+    with no_bars():
         model = open_model(base, dtype_of(found)).to(device)
         if quantize is not None:
             quantize.apply_(model)
+        if adapter is not None and adapter.kind is not None:
+            model = attach(model, adapter, kind_of(model.config), seed, base=str(base))  # type: ignore[arg-type]
     done = replay(found, model, steps=steps, progress=progress)
     copied = [
         file
@@ -61,8 +69,13 @@ def replay_folder(
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
-        with _no_bars():
-            model.to("cpu").save_pretrained(unfinished, state_dict=dense_state(model, dtype_of(found)))  # type: ignore[operator]
+        with no_bars():
+            state = dense_state(model.to("cpu"), dtype_of(found))
+            if adapter is None or adapter.kind is None or adapter.merge:
+                whole: Any = model.merge_and_unload() if adapter is not None and adapter.merge else model  # type: ignore[operator]
+                whole.save_pretrained(unfinished, state_dict=state)
+            else:
+                adapter_files.write(model, unfinished)
         for file in copied:
             shutil.copyfile(file, unfinished / file.name)
         if out.exists():
@@ -71,20 +84,6 @@ def replay_folder(
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return Written(out, found, done.steps, done.exact, tuple(file.name for file in copied))
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """Inside, `transformers` shows no progress of its own."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def dtype_of(log: Log) -> torch.dtype:

@@ -36,15 +36,29 @@ CHANGES: dict[str, Change] = {
     **dict.fromkeys(("data.eval_tokens", "method.lr", "method.weight_decay", "method.release", "run.device"), "warn"),
     **dict.fromkeys(("run.threads", "train.steps", "train.batch", "train.accumulate", "train.schedule"), "warn"),
     **dict.fromkeys(("train.warmup", "train.final_lr_ratio", "train.clip", "train.clip_mode"), "warn"),
-    **dict.fromkeys(("train.refresh_from", "train.refresh_parts"), "warn"),
+    **dict.fromkeys(("train.refresh_from", "train.refresh_parts", "train.spike", "train.spike_memory"), "warn"),
+    **dict.fromkeys(("train.spike_limit", "run.patience", "run.checkpoint_async"), "free"),
+    **dict.fromkeys(("train.parallel", "train.shards", "train.sync"), "free"),
+    **dict.fromkeys(("train.compress", "train.compress_fraction", "train.compress_start"), "warn"),
+    **dict.fromkeys(("train.compress_rank",), "refuse"),
     **dict.fromkeys(("model.name", "model.tokenizer", "data.source", "data.eval_source", "data.text_column"), "refuse"),
     **dict.fromkeys(("data.seq", "data.eval_fraction", "method.key", "method.rank", "method.options"), "refuse"),
     **dict.fromkeys(("method.storage", "train.precision", "run.seed", "model.kind", "task.name"), "refuse"),
-    **dict.fromkeys(("model.quantize",), "refuse"),
+    **dict.fromkeys(("model.quantize", "train.match", "adapter.kind", "adapter.rank", "adapter.alpha"), "refuse"),
+    **dict.fromkeys(("adapter.targets", "adapter.tokens"), "refuse"),
+    **dict.fromkeys(("adapter.dropout",), "warn"),
+    **dict.fromkeys(("adapter.merge",), "free"),
     **dict.fromkeys(("task.template", "task.words", "task.label_column", "task.shots"), "refuse"),
     **dict.fromkeys(("task.objective", "task.eval_examples"), "warn"),
 }
-_INHERITED = ("method.lr", "method.rank", "method.weight_decay", "run.threads", "train.workers")  # None = as it was
+_INHERITED = (
+    "method.lr",
+    "method.rank",
+    "method.weight_decay",
+    "run.threads",
+    "train.workers",
+    "train.parallel",
+)  # None = as it was
 
 
 class RunFolder:
@@ -131,9 +145,9 @@ class RunFolder:
             content = [name for name in sorted(os.listdir(self.path)) if not _own_leftover(name)]
         except OSError as fault:
             raise InputError(f"run.out: {out} cannot be read ({fault.strerror}); choose another folder") from fault
-        if _held(self.path / "run.lock"):
+        if held(self.path / "run.lock"):
             raise InputError(
-                f"run.out: {out} is in use by another run ({_owner(self.path)}); wait for it, or choose another folder"
+                f"run.out: {out} is in use by another run ({owner(self.path)}); wait for it, or choose another folder"
             )
         if content and not resume:
             raise InputError(f"run.out: {out} is not empty; resume the run in it (--resume), or choose another folder")
@@ -150,7 +164,7 @@ class RunFolder:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 os.close(handle)
-                raise InputError(f"run.out: {self.path} is in use by another run ({_owner(self.path)})") from None
+                raise InputError(f"run.out: {self.path} is in use by another run ({owner(self.path)})") from None
             # The owner before us may have removed the file between our opening and locking it.
             if path.exists() and os.fstat(handle).st_ino == path.stat().st_ino:
                 os.ftruncate(handle, 0)
@@ -213,10 +227,11 @@ def inherit(saved: dict[str, dict[str, Any]], config: RunConfig) -> RunConfig:
 
 def _own_leftover(name: str) -> bool:
     """Whether a killed process of ours leaves such a name before the run has begun."""
-    return name == "run.lock" or name.startswith("config.yaml" + integrity.TEMPORARY)
+    return name == "run.lock" or name.startswith(("run.launch", "config.yaml" + integrity.TEMPORARY))
 
 
-def _held(lock: Path) -> bool:
+def held(lock: Path) -> bool:
+    """Whether a living process has taken a run's lock."""
     if fcntl is None or not lock.is_file():
         return False
     with contextlib.suppress(OSError), open(lock, "rb") as file:
@@ -227,7 +242,8 @@ def _held(lock: Path) -> bool:
     return False
 
 
-def _owner(folder: Path) -> str:
+def owner(folder: Path) -> str:
+    """Who has, or had, the lock of a run, in words."""
     try:
         return f"process {int((folder / 'run.lock').read_text())}"
     except (OSError, ValueError):

@@ -12,8 +12,9 @@ import torch
 from tare.kernels import gemm
 
 
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch: dropout and whatever else a model draws."""
+def seed_everything(seed: int, part: int = 0) -> None:
+    """Seed Python, NumPy and torch: dropout and whatever else a model draws. part: of the data; each draws apart."""
+    seed = (seed + part * 0x9E3779B97F4A7C15) % 2**63
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

@@ -18,16 +18,19 @@ from tare.core.optimizer import Optimizer
 from tare.core.weights import dense_state_dict, is_quantized, quantize_weights_
 from tare.kernels import gemm
 from tare.methods import registry
+from tare.parallel.wrap import Spread, whole_weights
 from tare.plan.activations import causal_loss
 from tare.plan.models import DTYPES, build_model, enable_checkpointing
 from tare.plan.resolve import Choice
 from tare.plan.resolve import resolve as resolve_method
+from tare.train import adapters, compressing, machine, sharded, spreading
+from tare.train.bars import no_bars
 from tare.train.checkpoint import Snapshot, restore_weights
 from tare.train.config import RunConfig
 from tare.train.quantize import Quantization, check_methods, dense_state, planned
 from tare.train.schedule import Schedule
 from tare.train.seeds import restore_arithmetic, restore_random_state, seed_everything
-from tare.train.workers import Crew, attach
+from tare.train.workers import Crew, attach, local
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,6 +58,9 @@ class Session:
     predicted: dict[str, int] = field(default_factory=dict)
     task: "TaskData | None" = None  # the same again, where it is not text
     crew: Crew = field(default_factory=Crew)
+    spread: Spread = field(
+        default_factory=lambda: Spread(nn.Identity())
+    )  # how the model lies over the crew; `build` says
 
     @property
     def forward_only(self) -> bool:
@@ -63,7 +69,14 @@ class Session:
 
     def loss(self, batch: Any) -> Tensor:
         """The loss of a batch of `order`, differentiable."""
-        return causal_loss(self.model, batch) if self.task is None else self.task.loss(self.model, batch)
+        model = self.spread.module
+        return causal_loss(model, batch) if self.task is None else self.task.loss(model, batch)
+
+    def count(self, batch: Any) -> int:
+        """How many numbers the loss of a batch is the mean of."""
+        return (
+            int(batch.numel()) if self.task is None else int(batch.counts.sum() if batch.only_gold else len(batch.gold))
+        )
 
     def objective(self, batch: Any) -> Tensor:
         """What a forward-only method makes smaller on a batch."""
@@ -93,17 +106,21 @@ def build(
     device = device_of(crew.device(config.run.device))
     task = task or open_task(config, progress)
     kind, labels = ("causal", None) if task is None else (task.kind, task.outputs)
+    cut = crew.size > 1 and config.train.parallel in ("fsdp", "hsdp")
+    place = torch.device("cpu") if cut else device  # what is cut goes to the device block by block
     model = build_model(
-        config.model.name, dtype=weights_dtype(config), seed=config.run.seed, device=device, kind=kind, labels=labels
+        config.model.name, dtype=weights_dtype(config), seed=config.run.seed, device=place, kind=kind, labels=labels
     )
     if task is not None and getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = task.tokenizer.pad_token_id  # type: ignore[union-attr]
     check_model(model, config)
     quantize(model, config)
+    model = adapters.apply(model, config, kind)
     if config.model.checkpointing:
         enable_checkpointing(model)
     # Dropout would add noise to the differences that forward-only methods live on.
     model.train(registry.card(config.method.key).kind == "gradient")
+    spread = spreading.before(config, model, crew, device)
     optimizer = build_optimizer(config, model)
     attach(crew, config, optimizer)
     corpus: Any = task
@@ -111,21 +128,27 @@ def build(
     if task is None:
         corpus = open_corpus(config.data, model.config.vocab_size, config.model.tokenizer, progress)  # type: ignore[union-attr, arg-type]
         order = corpus.dataset(config.run.seed, config.train.batch)
+    job = Session(
+        config, device, model, corpus, order, optimizer, Schedule.of(config.train), [], predicted, task, crew, spread
+    )
+    spreading.after(job)
     gemm.decided()  # settled now, not inside the first step, whose memory and time are measured
-    peaks = [float(group["lr"]) for group in optimizer.param_groups]
-    seed_everything(config.run.seed)
-    schedule = Schedule.of(config.train)
-    return Session(config, device, model, corpus, order, optimizer, schedule, peaks, predicted, task, crew)
+    job.peaks = [float(group["lr"]) for group in optimizer.param_groups]
+    seed_everything(config.run.seed, 0 if job.forward_only else crew.part)
+    return job
 
 
-def resolve(config: RunConfig) -> RunConfig:
+def resolve(config: RunConfig, crew: Crew | None = None) -> RunConfig:
     """The configuration with nothing left open: the planner's method for `auto`, the method's preset, the thread count.
+
+    crew: those that will share its steps.
 
     Raises `InputError` for an unknown method or option, a rank given to a method without one, clipping with release that does not
     say how, or two answers to where bases come from.
     """
     method, train = config.method, config.train
     check_task(config)
+    adapters.check(config)
     if method.release and train.clip is not None and train.clip_mode == "exact":
         raise InputError(
             "train.clip: method.release frees each gradient inside backward, before the norm of all is known; set "
@@ -138,7 +161,7 @@ def resolve(config: RunConfig) -> RunConfig:
             "is first; leave one of them out"
         )
     if method.key == "auto":
-        method = replace(method, key=choose(config, open_task(config)))
+        method = replace(method, key=choose(config, open_task(config), crew))
     forward = registry.card(method.key).kind == "forward"
     if config.task.objective != "loss" and not forward:
         raise InputError(
@@ -156,6 +179,8 @@ def resolve(config: RunConfig) -> RunConfig:
         method, lr=choice.lr, rank=choice.options.get("rank"), weight_decay=choice.options.get("weight_decay"),
         options=options, storage=asdict(choice.storage),
     )  # fmt: skip
+    adapters.check_storage(replace(config, method=method), choice.storage.weight)
+    config = replace(config, adapter=config.adapter.filled())
     threads = config.run.threads or torch.get_num_threads()
     return replace(config, method=method, train=train, run=replace(config.run, threads=threads))
 
@@ -238,30 +263,43 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def check_budget(config: RunConfig, task: "TaskData | None" = None) -> dict[str, int]:
-    """What the plan predicts for a resolved configuration: bytes by category at the peak, and `peak`.
+def check_budget(config: RunConfig, task: "TaskData | None" = None, crew: Crew | None = None) -> dict[str, int]:
+    """What the plan predicts for a resolved configuration, on one worker: bytes by category at the peak, and `peak`.
 
-    Raises `DoesNotFit`, with the smallest change that would fit, if that is more than `run.budget`.
+    Raises `DoesNotFit`, with the smallest change that would fit, if that is more than `run.budget`, and if it is more than there is.
     """
     from tare.plan import api
 
-    planned = plan_of(config, [config.method.key], task)
+    planned = plan_of(config, [config.method.key], task, crew)
     row = planned.row(api.choose(planned))
-    parts = ("weights", "gradients", "state", "activations", "temporaries", "peak")
-    return {part: getattr(row, part) for part in parts}
+    machine.require(row.peak, device_of(config.run.device))
+    parts = ("weights", "gradients", "state", "activations", "temporaries", "gathered", "peak")
+    found = {part: getattr(row, part) for part in parts}
+    return found if found["gathered"] else {part: size for part, size in found.items() if part != "gathered"}
 
 
-def choose(config: RunConfig, task: "TaskData | None" = None) -> str:
+def choose(config: RunConfig, task: "TaskData | None" = None, crew: Crew | None = None) -> str:
     """The planner's choice for `auto`: the most preferred method that fits. Raises `DoesNotFit` if none does."""
     from tare.plan import api
 
-    return api.choose(plan_of(config, None, task))
+    return api.choose(plan_of(config, None, task, crew))
 
 
-def plan_of(config: RunConfig, methods: list[str] | None, task: "TaskData | None" = None) -> "Plan":
-    """The plan for the settings of a run; `methods` None means all that step with gradients. task: for its longest examples."""
+def plan_of(
+    config: RunConfig, methods: list[str] | None, task: "TaskData | None" = None, crew: Crew | None = None
+) -> "Plan":
+    """The plan for the settings of a run; `methods` None means all that step with gradients. task: for its longest examples.
+
+    crew: the plan is for one of its workers, that which needs most.
+    """
     from tare.plan import api
 
+    given, crew = config, crew or Crew()
+    forward = methods is not None and all(registry.card(key).kind == "forward" for key in methods)
+    if crew.size > 1 and not forward and given.train.parallel is None:  # not settled yet
+        given = replace(given, train=replace(given.train, parallel="ddp"))
+    ranks = crew.size if crew.size > 1 and not forward else None
+    config = local(given, crew)
     work: Workload | None = None
     if task is not None:
         from tare.train.tasks.workload import TaskWork
@@ -270,11 +308,12 @@ def plan_of(config: RunConfig, methods: list[str] | None, task: "TaskData | None
     method, train = config.method, config.train
     if config.model.quantize is not None:
         work = planned(work, Quantization.parse(config.model.quantize), train.batch, config.data.seq)
+    work = adapters.planned(work, config)
     hyper = {"lr": method.lr, "rank": method.rank, "weight_decay": method.weight_decay, **method.options}
     return api.plan(
         config.model.name,
         config.run.budget,
-        train.batch,
+        train.batch if ranks is None else given.train.batch,
         config.data.seq,
         methods,
         checkpointing=config.model.checkpointing,
@@ -289,6 +328,10 @@ def plan_of(config: RunConfig, methods: list[str] | None, task: "TaskData | None
         storage=method.storage or None,
         hyper={name: value for name, value in hyper.items() if value is not None},
         work=work,
+        gpus=ranks,
+        parallel=None if ranks is None else train.parallel,
+        shards=None if ranks is None else train.shards,
+        sync=None if ranks is None else train.sync,
     )
 
 
@@ -315,18 +358,28 @@ def restore(session: Session, snapshot: Snapshot) -> list[str]:
                 f"{snapshot.folder}: {what} has changed since it was saved, so the run cannot go on as it was; "
                 "restore it, or start a new run in another run.out"
             )
-    restore_weights(session.model, snapshot)
     own_decay = [group.get("weight_decay") for group in session.optimizer.param_groups]
     try:
-        session.optimizer.load_state_dict(snapshot.optimizer)
+        if session.spread.form == "fsdp":
+            sharded.restore(session.model, session.optimizer, snapshot)
+        else:
+            restore_weights(session.model, snapshot)
+            session.optimizer.load_state_dict(snapshot.optimizer)
     except CheckpointError as fault:
         raise CheckpointError(f"{snapshot.folder}: {fault}") from fault
     except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as fault:
         raise CheckpointError(f"{snapshot.folder}: its optimizer state does not fit this method ({fault})") from fault
+    warned = compressing.restore(session, snapshot.content)
     for group, decay in zip(session.optimizer.param_groups, own_decay, strict=True):
         group["weight_decay"] = decay  # may be changed on resume; the learning rate is set at every step anyway
-    restore_random_state(snapshot.trainer["random"])
-    return restore_arithmetic(snapshot.trainer["arithmetic"], session.device)
+    of_all = snapshot.trainer.get("random_of_workers") or [snapshot.trainer["random"]]
+    if len(of_all) > 1 and len(of_all) == session.crew.parts:
+        restore_random_state(of_all[session.crew.part])
+    elif session.crew.part == 0 or session.forward_only:
+        restore_random_state(snapshot.trainer["random"])
+    else:  # more processes than there were: each with random numbers of its own
+        seed_everything(session.config.run.seed + snapshot.step, session.crew.part)
+    return [*warned, *restore_arithmetic(snapshot.trainer["arithmetic"], session.device)]
 
 
 def identity(session: Session) -> dict[str, str]:
@@ -334,25 +387,26 @@ def identity(session: Session) -> dict[str, str]:
     return {"tokenizer": session.corpus.tokenizer_hash, "data": session.corpus.fingerprint}
 
 
-def save_model(session: Session, folder: Path) -> None:
-    """Write model and tokenizer in the format of `transformers`, agreeing on special tokens and length."""
-    from transformers.utils import logging
+def whole_model(session: Session) -> dict[str, Tensor] | None:
+    """The weights of a model that is cut among processes, on the first one; None where they are whole anyway. All call it together."""
+    return whole_weights(session.model, session.crew.first) if session.spread.form == "fsdp" else None
 
+
+def save_model(session: Session, folder: Path, whole: dict[str, Tensor] | None = None) -> None:
+    """Write model and tokenizer in the format of `transformers`, agreeing on special tokens and length. whole: from `whole_model`."""
     model, tokenizer = cast("PreTrainedModel", session.model), session.corpus.tokenizer
     for config in filter(None, (model.config, getattr(model, "generation_config", None))):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(config, name, getattr(tokenizer, name))
     tokenizer.model_max_length = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # a bar per shard would break into our own line
-    try:
-        dense = (
-            dense_state_dict(model)
-            if is_quantized(model)
-            else dense_state(model, DTYPES[weights_dtype(session.config)])
-        )
-        model.save_pretrained(folder, state_dict=dense)
+    with no_bars():
+        dtype = DTYPES[weights_dtype(session.config)]
+        if session.config.adapter.kind is not None:
+            from tare.train import adapter_files
+
+            kind, labels = ("causal", None) if session.task is None else (session.task.kind, session.task.outputs)
+            adapter_files.save(model, session.config, kind, labels, dtype, folder, whole)
+        else:
+            dense = dense_state_dict(model) if is_quantized(model) else whole or dense_state(model, dtype)
+            model.save_pretrained(folder, state_dict=dense)
         tokenizer.save_pretrained(folder)
-    finally:
-        if shown:
-            logging.enable_progress_bar()

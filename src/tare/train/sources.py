@@ -173,7 +173,11 @@ def _text(reader: io.TextIOWrapper, name: str, piece: int) -> Iterator[Document]
     yield Document(f"{name}#{cuts}" if cuts else name, kept)
 
 
-def _json_lines(reader: io.TextIOWrapper, path: Path, name: str, column: str) -> Iterator[Document]:
+def json_rows(reader: Iterable[str], path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of JSON lines, each with the number of its line; blank lines are passed over.
+
+    Raises `InputError`, naming file and line, for one that is no JSON object.
+    """
     for number, line in enumerate(reader, 1):
         if line.isspace():
             continue
@@ -184,6 +188,14 @@ def _json_lines(reader: io.TextIOWrapper, path: Path, name: str, column: str) ->
                 raise _not_text(path) from error
             what = f"malformed JSON ({error_line(error)})"
             raise InputError(f"data: {path}:{number}: {what}; every line must be one JSON object") from error
+        if not isinstance(row, dict):
+            what = f"a JSON {type(row).__name__}, not an object"
+            raise InputError(f"data: {path}:{number}: {what}; every line must be one JSON object")
+        yield number, row
+
+
+def _json_lines(reader: io.TextIOWrapper, path: Path, name: str, column: str) -> Iterator[Document]:
+    for number, row in json_rows(reader, path):
         yield Document(f"{name}:{number}", _cell(row, column, f"{path}:{number}"))
 
 
@@ -222,11 +234,9 @@ def _hub_commit(name: str, remembered: bool = True) -> str:
         raise InputError(f"{what}; check spelling and network; allowed: {ALLOWED}") from error
 
 
-def _cell(row: Any, column: str, where: str) -> str:
+def _cell(row: dict[str, Any], column: str, where: str) -> str:
     """The text of a row, or the `InputError` that says what is wrong with it."""
-    if not isinstance(row, dict):
-        problem = f"a JSON {type(row).__name__}, not an object; every line must be one JSON object"
-    elif column not in row:
+    if column not in row:
         problem = f"no column {column!r}; present: {', '.join(map(str, row))}; set data.text_column"
     elif not isinstance(text := row[column], str):
         problem = f"column {column!r} holds {type(text).__name__}, not text; set data.text_column or repair the row"

@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tare.core.clipping import NotFinite, factor_for, norm_of, squared_norm
+from tare.core.clipping import NotFinite, factor_for, norm_of
+from tare.core.shard.layout import local
+from tare.parallel.wrap import squares
 from tare.plan.activations import autocast
 from tare.train.session import Session
+from tare.zeroth.exchange import WorkersFailed
 from tare.zeroth.optimizer import ForwardOptimizer
 
 
@@ -44,8 +47,8 @@ def take_step(job: Session, position: int) -> Outcome:
     starts = range(position, position + train.accumulate * train.batch, train.batch)
     if isinstance(job.optimizer, ForwardOptimizer):
         return _step_forward(job, job.optimizer, starts)
-    seen: dict[int, int] = {}
-    return replace(_step_back(job, [partial(_loss, job, start, seen) for start in starts]), tokens=sum(seen.values()))
+    parts, tokens = _dealt(job, starts)
+    return replace(_step_back(job, [partial(_loss, job, *part) for part in parts]), tokens=tokens)
 
 
 def _step_forward(job: Session, optimizer: ForwardOptimizer, starts: range) -> Outcome:
@@ -83,7 +86,7 @@ def _tokens(batch: Any) -> int:
 
 
 def _step_back(job: Session, losses_of: list[Callable[[], Tensor]]) -> Outcome:
-    """A step with gradients. losses_of: each micro-batch's share of the loss."""
+    """A step with gradients. losses_of: each micro-batch's share of the loss. Processes decide alike: all they go by is of all of them."""
     train, optimizer = job.config.train, job.optimizer
     try:
         losses = optimizer.backward(*losses_of)
@@ -95,23 +98,48 @@ def _step_back(job: Session, losses_of: list[Callable[[], Tensor]]) -> Outcome:
         else:
             norm, factor = _clip((p.grad for p in job.model.parameters() if p.grad is not None), train.clip)
             optimizer.step()
-        return Outcome(sum(map(float, losses)), norm, None if train.clip is None else factor)
+        (loss,) = job.crew.sums(sum(map(float, losses)) / job.crew.size)
+        return Outcome(loss, norm, None if train.clip is None else factor)
     except NotFinite as fault:
         return Outcome(math.nan, None, problem=str(fault))
     finally:
         optimizer.zero_grad(set_to_none=True)  # and what earlier micro-batches of a dropped step have gathered
 
 
-def _loss(job: Session, position: int, seen: dict[int, int]) -> Tensor:
-    """The share of one micro-batch in the loss; its tokens go to `seen`, once however often it is run. Raises `NotFinite`."""
-    train = job.config.train
-    batch = job.order.batch(position, train.batch).to(job.device)
-    seen[position] = _tokens(batch)
+def _dealt(job: Session, starts: range) -> tuple[list[tuple[Any, float, bool]], int]:
+    """This process's part of each micro-batch, with its weight in the mean over processes, and whether it is the last; and all tokens.
+
+    A loss is a mean over rows, tokens or answers. Where processes have unequal numbers of them the weight is own number x processes / all,
+    so that what they average is the mean over the whole micro-batch. A fault in reading is heard by all.
+    """
+    crew, each = job.crew, job.config.train.batch // job.crew.parts
+    held, fault = list[Any](), None
+    try:
+        held = [job.order.batch(start + crew.part * each, each).to(job.device) for start in starts]
+        counts = [float(sum(map(_tokens, held))), *(float(job.count(batch)) for batch in held)]
+    except Exception as error:
+        fault, counts = error, [0.0] * (1 + len(starts))
+    failed, tokens, *totals = crew.sums(float(fault is not None), *counts)
+    if fault is not None:
+        raise fault
+    if failed:
+        raise WorkersFailed("another worker could not read its part of a batch, its own message says why", told=True)
+    weights = [own * crew.size / total for own, total in zip(counts[1:], totals, strict=True)]
+    return [
+        (batch, weight, at == len(held)) for at, (batch, weight) in enumerate(zip(held, weights, strict=True), 1)
+    ], int(tokens)
+
+
+def _loss(job: Session, batch: Any, weight: float, last: bool) -> Tensor:
+    """This process's share of a micro-batch's loss, which processes average. Raises `NotFinite` for that of all, hence on all."""
+    train, crew = job.config.train, job.crew
+    job.spread.micro_batch(last)
     with autocast(train.precision, job.device.type):
         loss = job.loss(batch)
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise NotFinite(f"the loss is {value}")
+    loss = loss if weight == 1.0 else loss * weight
+    (whole,) = crew.sums(float(loss.detach()) / crew.size)
+    if not math.isfinite(whole):
+        raise NotFinite(f"the loss is {whole}")
     return loss / train.accumulate
 
 
@@ -120,12 +148,12 @@ def _clip(gradients: Iterable[Tensor], limit: float | None) -> tuple[float, floa
     found = list(gradients)
     if not found:
         raise RuntimeError("backward gave no gradient to any parameter")
-    norm = norm_of([squared_norm(gradient) for gradient in found])
+    norm = norm_of(squares(found))
     _require_finite(norm)
     factor = factor_for(norm, limit)
     if factor < 1.0:
         for gradient in found:
-            gradient.mul_(factor)
+            local(gradient).mul_(factor)
     return norm, factor
 
 

@@ -118,7 +118,9 @@ def load_tokenizer(
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(given), local_files_only=True)
         else:
             tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    except Exception as error:  # the tokenizers library raises bare Exception
+    except BaseException as error:  # the tokenizers library raises bare Exception, and panics of Rust, which are none
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         what = f"tokenizer: {str(file)!r} is not a tokenizer.json ({' '.join(str(error).split())[:160]})"
         raise InputError(f"{what}; save the tokenizer again") from error
     if tokenizer.eos_token_id is None:

@@ -16,13 +16,29 @@ import torch
 
 from tare import __version__
 from tare.core.errors import InputError
+from tare.core.shard.layout import local
+from tare.parallel.group import Crew
+from tare.parallel.wrap import differing
 from tare.plan.budget import format_bytes, parse_bytes
 from tare.plan.measure import StepMeter
 from tare.plan.models import parameter_count
-from tare.train import checkpoint, progress, seedlog, session
+from tare.train import (
+    adapters,
+    checkpoint,
+    compressing,
+    heartbeat,
+    progress,
+    restarts,
+    seedlog,
+    session,
+    spikes,
+    workers,
+)
 from tare.train.evaluate import evaluate
+from tare.train.memory_advice import advising
 from tare.train.metrics import Metrics, Silent
 from tare.train.run import RunFolder
+from tare.train.saving import Saver, in_background
 from tare.train.schedule import set_lr
 from tare.train.seedlog import RunLog
 from tare.train.seeds import arithmetic, random_state
@@ -59,6 +75,8 @@ class Counters:
     zero_shot: dict[str, float] = field(default_factory=dict)  # and before the first step
     forwards: int = 0  # forward passes of a method without gradients, by this process
     sent: int = 0  # bytes sent to other workers, by this process
+    recent: list[float] = field(default_factory=list)  # losses that a spike is told by; empty where none is looked for
+    rollbacks: int = 0  # ways back from spikes
 
     @property
     def tokens_per_second(self) -> float:
@@ -74,6 +92,14 @@ class Trainer:
         self.steps = job.config.train.steps
         self.saved = counters.step
         self._sent = job.crew.bytes_sent  # up to the last step
+        self._backs = 0  # to the last checkpoint
+        own, copy = (
+            job.config.run,
+            checkpoint.nbytes({name: local(t) for name, t in checkpoint.weights_of(job.model).items()})
+            + int(job.optimizer.state_bytes()),
+        )
+        background = in_background(own.checkpoint_async, job.device, own.budget, copy)
+        self.saver = Saver(folder.checkpoints, job.model, job.optimizer, own.keep, background)
         self.seeds: RunLog | None = None
         self.log: Metrics | Silent
 
@@ -83,15 +109,16 @@ class Trainer:
         board = self.config.run.tensorboard
         self.log = Metrics(self.folder.metrics, board, self.now.step) if first else Silent()
         if isinstance(optimizer, ForwardOptimizer) and first:
-            self.seeds = optimizer.on_step = RunLog(self.folder.path / seedlog.NAME, self._no_log)
+            self.seeds = optimizer.on_step = RunLog(self.folder.path / seedlog.NAME, self._warn)
         started, before = time.monotonic(), self.now.seconds
         try:
-            with StopSignals() as signals:
+            with StopSignals() as signals, advising(self.job, self.now):
                 if self.job.task is not None and not self.now.step:
                     self._evaluate()
                 while True:
                     self.now.seconds = before + time.monotonic() - started
                     stop = self.crew.agree(signals.stop)
+                    self._note(self.saver.finished())
                     evaluating, saving = (
                         self._due(every) for every in (self.config.run.eval_every, self.config.run.checkpoint_every)
                     )
@@ -100,25 +127,29 @@ class Trainer:
                     if (stop or saving) and self.saved != self.now.step:
                         self._save()
                     if stop:
+                        self._note(self.saver.close())
                         return False
                     if self.now.step >= self.steps:
                         done = self._finish()
+                        self._note(self.saver.close())
                         return True
                     if evaluating or saving:
                         self.crew.agree()  # the others wait here for the first, not in the middle of a step
                     self._step()
         finally:
+            self.saver.wait()
             if self.seeds is not None:
                 self.seeds.close(seal=done)
             self.log.close()
 
     def _finish(self) -> bool:
+        whole = session.whole_model(self.job)
         if self.crew.first:
-            self.folder.write_model(lambda place: session.save_model(self.job, place))
+            self.folder.write_model(lambda place: session.save_model(self.job, place, whole))
             self.tell(progress.Saved(self.now.step, self.folder.model))
         return True
 
-    def _no_log(self, text: str) -> None:
+    def _warn(self, text: str) -> None:
         self.log.write("warning", self.now.step, text=text)
         self.tell(progress.Warned(text))
 
@@ -130,9 +161,10 @@ class Trainer:
     def _step(self) -> None:
         now, train = self.now, self.config.train
         began = time.monotonic()
+        heartbeat.note(now.step + 1)
         lr = set_lr(self.job.optimizer, self.job.peaks, self.job.schedule(now.step))
         metered = now.step < METERED
-        measure = metered and self.crew.first
+        measure = metered and (self.crew.first or not self.job.forward_only)
         meter = StepMeter(self.job.model, self.job.optimizer, self.job.device) if measure else None
         with meter or nullcontext():
             outcome = take_step(self.job, now.position)
@@ -142,8 +174,9 @@ class Trainer:
         now.position += count
         now.tokens += outcome.tokens
         now.forwards += outcome.forwards
-        now.sent += self.crew.bytes_sent - self._sent
         sent, self._sent = self.crew.bytes_sent - self._sent, self.crew.bytes_sent
+        sent += self.job.spread.sent(train.accumulate, self.crew.size)
+        now.sent += sent
         if not metered:
             now.timed_seconds += taken
             now.timed_tokens += outcome.tokens
@@ -153,6 +186,8 @@ class Trainer:
             self._bad(outcome)
             return
         now.streak = 0
+        if train.spike is not None and self._spiked(outcome.loss):
+            return
         passes = {"forwards": now.forwards} if self.seeds is not None else {}
         if self.crew.size > 1:
             passes["sent"] = sent
@@ -182,33 +217,75 @@ class Trainer:
                 "lower method.lr or raise train.warmup, and look at the data"
             )
 
+    def _spiked(self, loss: float) -> bool:
+        """Whether the loss was a spike and the run went back to its checkpoint; all workers decide alike. Raises `Diverged`."""
+        now, train = self.now, self.config.train
+        spike, step = spikes.look(loss, now.recent, train), now.step
+        if not self.crew.agree(spike is not None):
+            return False
+        if self._backs >= train.spike_limit:
+            raise Diverged(
+                f"step {step}: {spike or 'a spike of another worker'}, after going back to step {self.saved} {self._backs} times "
+                "(train.spike_limit); lower method.lr, look at the data, or set train.spike higher, and resume"
+            )
+        self.saver.wait()
+        back = spikes.go_back(self.job, self.folder.checkpoints, now)
+        if back is None:
+            self._warn(f"step {step}: {spike}, and there is no checkpoint yet to go back to (run.checkpoint_every)")
+            now.recent.append(loss)
+            return False
+        self._backs += 1
+        self.saved = back.step
+        self.log.cut(back.step, now.evaluated)
+        if self.seeds is not None:
+            self.seeds.close(seal=False)
+            self.seeds = self.job.optimizer.on_step = RunLog(self.folder.path / seedlog.NAME, self._warn)  # type: ignore[attr-defined]
+        what = {"spiked": step, "usual": spike.usual, "loss": spike.loss} if spike else {"spiked": step}
+        self.log.write("rollback", back.step, **what, left_out=[back.first, back.last])
+        self._warn(
+            f"step {step}: {spike or 'a spike of another worker'}; back to the checkpoint of step {back.step}, and on without the "
+            f"{back.last - back.first} sequences since"
+        )
+        return True
+
     def _evaluate(self) -> None:
-        if not self.crew.first:
-            return
         train, now, task = self.config.train, self.now, self.job.task
+        if self.job.forward_only and not self.crew.first:
+            return
+        crew = None if self.job.forward_only else self.crew
+        own = workers.local(self.config, crew or Crew()).train.batch  # as much at a time as in training
+        shared = (crew, self.job.spread.in_step)
         if task is not None:
-            found = task.evaluate(self.job.model, self.job.device, train.precision, train.batch)
+            found = task.evaluate(self.job.model, self.job.device, train.precision, own, *shared)
             now.evaluated, now.eval_loss, now.scores = now.step, found.loss, found.numbers()
             now.zero_shot = now.zero_shot if now.step else now.scores
             self.log.write("eval", now.step, loss=found.loss, examples=found.examples, **now.scores)
             self.tell(progress.Evaluated(now.step, found.loss, None, 0, now.scores, found.examples))
             return
-        batches = self.job.corpus.eval_batches(train.batch)
-        result = evaluate(self.job.model, batches, self.job.device, train.precision)
+        batches = self.job.corpus.eval_batches(own)
+        result = evaluate(self.job.model, batches, self.job.device, train.precision, False, *shared)
         now.evaluated, now.eval_tokens = now.step, result.tokens
         now.eval_loss, now.eval_perplexity = result.loss, result.perplexity
         self.log.write("eval", now.step, loss=result.loss, perplexity=result.perplexity, tokens=result.tokens)
         self.tell(progress.Evaluated(now.step, result.loss, result.perplexity, result.tokens))
 
     def _save(self) -> None:
-        if not self.crew.first:
-            return
-        now = self.now
-        weights = checkpoint.weights_of(self.job.model)
-        if bad := finite(weights):
+        now, last = self.now, self.saved
+        if self.job.spread.form in ("ddp", "leaves") and (other := differing(self.job.model, self.crew)):
             raise Diverged(
-                f"step {now.step}: the weight {bad} is no longer finite; not saved, the checkpoints before are intact; "
-                "lower method.lr and resume"
+                f"step {now.step}: the weights of worker {other[0]} are not those of worker 0 (first at {other[1]}); not saved: resume "
+                f"from the checkpoint of step {last}, and look for what one process does alone"
+            )
+        exchange = compressing.state_of(self.job)
+        of_all = self.crew.gather(random_state()) if self.crew.size > 1 and not self.job.forward_only else []
+        self.saved, self._backs = now.step, 0
+        if not (self.crew.first or self.saver.sharded):
+            return
+        bad = finite({name: local(tensor) for name, tensor in checkpoint.weights_of(self.job.model).items()})
+        if self.crew.agree(bad is not None) if self.saver.sharded else bad:
+            raise Diverged(
+                f"step {now.step}: the weight {bad or 'of another worker'} is no longer finite; not saved, the checkpoints before are "
+                "intact; lower method.lr and resume"
             )
         self.log.sync()  # a resumed run counts on the lines up to its checkpoint
         if self.seeds is not None:
@@ -228,22 +305,24 @@ class Trainer:
             "scheduler": {"step": now.step},
             "arithmetic": arithmetic(self.job.device),
             "workers": self.crew.size,
+            **({"random_of_workers": of_all} if of_all else {}),
             **session.identity(self.job),
         }
-        state = self.job.optimizer.state_dict()
-        place = checkpoint.save(
-            self.folder.checkpoints, now.step, weights=weights, optimizer=state, trainer=trainer, facts=facts,
-            keep=self.config.run.keep,
-        )  # fmt: skip
-        self.saved = now.step
-        self.log.write("checkpoint", now.step, path=str(place.relative_to(self.folder.path)))
-        self.tell(progress.Saved(now.step, place))
+        self.saver.save(now.step, trainer, facts, exchange)
+        self._note(self.saver.finished())
+
+    def _note(self, written: list[tuple[int, Path]]) -> None:
+        """Say which checkpoints are whole and in their place."""
+        for step, place in written:
+            self.log.write("checkpoint", step, path=str(place.relative_to(self.folder.path)))
+            self.tell(progress.Saved(step, place))
 
     def _measured(self, peak: int) -> None:
-        """Keep the highest peak so far, and after the last measured step say what was found."""
+        """Keep the highest peak so far, of all workers that step with gradients, and after the last measured step say what was found."""
         now, model = self.now, self.job.model
+        peak = max(self.crew.gather(peak)) if not self.job.forward_only else peak
         if peak >= now.measured.get("peak", 0):
-            weights = checkpoint.nbytes(checkpoint.weights_of(model))
+            weights = checkpoint.nbytes({name: local(tensor) for name, tensor in checkpoint.weights_of(model).items()})
             state = int(self.job.optimizer.state_bytes())
             now.measured = {"weights": weights, "state": state, "rest": peak - weights - state, "peak": peak}
         if now.step == min(METERED, self.steps):
@@ -255,8 +334,7 @@ class Trainer:
         budget = self.config.run.budget
         if budget is not None and self.now.measured["peak"] > parse_bytes(budget):
             text = f"the measured peak, {format_bytes(self.now.measured['peak'])}, is above the budget of {budget}"
-            self.log.write("warning", self.now.step, text=text)
-            self.tell(progress.Warned(text))
+            self._warn(text)
 
     def _memory(self) -> int:
         """Highest bytes so far: the allocator's on CUDA, else what the measured steps needed."""
@@ -272,6 +350,7 @@ def begin(
     from tare.train.metrics import truncate
 
     truncate(folder.metrics, *((counters.step, counters.evaluated) if resumed else (-1, -1)))
+    restarts.mark(folder.path)
     folder.write_config(job.config)
     log = Metrics(folder.metrics)
     if resumed:
@@ -283,8 +362,12 @@ def begin(
         tell(progress.Note("forward passes only: dropout off (eval mode), one batch for all probes of a step"))
     if job.config.model.quantize is not None:
         tell(progress.Note(f"linear layers held as {job.config.model.quantize}; the model is saved dequantised"))
+    for text in adapters.notes(job.config, job.model, job.optimizer):
+        tell(progress.Note(text))
     if job.crew.size > 1:
-        tell(progress.Note(job.crew.note()))
+        tell(progress.Note(workers.note(job.config, job.crew)))
+    if job.spread.hook is not None:
+        tell(progress.Note(f"gradients go between processes as {job.spread.hook.describe()}"))
     for text in warnings:
         log.write("warning", counters.step, text=text)
         tell(progress.Warned(text))

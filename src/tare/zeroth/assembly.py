@@ -35,7 +35,7 @@ class Assembly:
     def __call__(self, start: int, stop: int) -> Tensor:
         weight, law = self.leaf.parameter.detach(), self.leaf.directed.law
         gradient = torch.zeros(stop - start, dtype=self.leaf.draw(0).leaf.compute_dtype, device=weight.device)
-        law.gather_(gradient, self.parts, self.leaf.state, weight, start)
+        law.gather_(gradient, self.parts, self.leaf.state, weight, self.leaf.start + start)
         if self.lost is not None:
             self.lost.look(weight.view(-1)[start:stop], gradient)
         return gradient

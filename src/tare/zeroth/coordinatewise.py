@@ -4,7 +4,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,8 @@ class CoordinateOptimizer(PopulationOptimizer):
         reuse: whether the largest `nn.Sequential` of the model is run from the perturbed child on.
         rest: as `PopulationOptimizer`.
     """
+
+    shares: ClassVar[bool] = False
 
     def __init__(
         self, params: Any, recipe: Recipe, lr: float | Tensor, *, sparing: Sparing | None = None, reuse: bool = True,

@@ -93,6 +93,8 @@ class CutOptimizer(ForwardOptimizer):
         InputError: weights without numbers, as of plans; and as there.
     """
 
+    shares: ClassVar[bool] = False
+
     def __init__(self, params: Any, recipe: Recipe, lr: float | Tensor, **rest: Any):
         self._carried: dict[Tensor, Tensor | None] = {}
         self._told: set[str] = set()
@@ -147,9 +149,9 @@ class CutOptimizer(ForwardOptimizer):
     def _assembled(self, leaf: Moved, record: Record) -> Assembly:
         return Found(leaf, self._carried.get(leaf.parameter))
 
-    def _apply(self, leaves: list[Moved], record: Record) -> None:
+    def _take(self, leaves: list[Moved], record: Record) -> None:
         try:
-            super()._apply(leaves, record)
+            super()._take(leaves, record)
         finally:
             self._carried = {}
 

@@ -8,14 +8,20 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from tare.core.shard.layout import is_sharded
+
 if TYPE_CHECKING:
     from tare.zeroth.optimizer import ForwardOptimizer
 
 
-def digests(optimizer: "ForwardOptimizer") -> dict[str, bytes]:
-    """blake2b of the bytes of every leaf, by name."""
+def digests(optimizer: "ForwardOptimizer", *, shared: bool = True) -> dict[str, bytes]:
+    """blake2b of the bytes of every leaf, by name.
+
+    shared: also of leaves that `fully_shard` has cut, whose rows all ranks gather for it at the same time.
+    """
     optimizer.flush()
-    return {entry.leaf.name: digest_of(p.detach()) for p, entry in optimizer._entries.items()}
+    found = [(entry.leaf.name, p.detach()) for p, entry in optimizer._entries.items()]
+    return {name: digest_of(p) for name, p in found if shared or not is_sharded(p)}
 
 
 def digest_of(tensor: Tensor) -> bytes:
@@ -25,6 +31,7 @@ def digest_of(tensor: Tensor) -> bytes:
     (True, False)
     """
     found = hashlib.blake2b(digest_size=16)
+    tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     for part in parts(tensor):
         flat = part.contiguous().view(-1)
         for piece in flat.split(1 << 24):

@@ -48,9 +48,12 @@ class Law:
     `partial`: whether elements can be drawn apart from one another, so that a large leaf needs no direction of its size.
     `reads_weight`: whether the direction depends on the unperturbed weight: such laws cannot perturb in place.
     `fuses`: whether `write_` exists.
+    `cuts`: whether a piece of a leaf can be moved from the whole leaf's `Draw` and the piece's `start` alone, weights and state aside: so
+    each of several ranks can draw its own rows.
     """
 
     partial: ClassVar[bool] = True
+    cuts: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
     fuses: ClassVar[bool] = False
 
@@ -148,6 +151,7 @@ class Elementwise(Law):
     rounded once."""
 
     fuses: ClassVar[bool] = True
+    cuts: ClassVar[bool] = True
     stream: ClassVar[directions.Law] = "gaussian"  # of the generator
 
     def gain(self, draw: Draw, device: torch.device) -> float:

@@ -79,7 +79,10 @@ class Drawn(Delta):
         self._write(weight, alpha, beta, **rounding)
         return True
 
-    def _write(self, weight: Tensor, alpha: float, beta: float, **how: Any) -> None:
+    def _write(self, weight: Tensor, alpha: float, beta: float, *, start: int = 0, **how: Any) -> None:
+        if how.get("key") is not None and self.leaf.start:
+            how["key"] = int(how["key"])  # shifted to the piece, as `start` is
+        how["start"] = self.leaf.start + start
         self.leaf.directed.law.write_(weight, self.parts, decay=beta, alpha=alpha, scale=self.scale, **how)
 
     def rows(self, start: int, stop: int) -> Tensor:
@@ -88,7 +91,7 @@ class Drawn(Delta):
         leaf, weight = self.leaf.draw(0).leaf, self.leaf.parameter
         u = torch.empty((stop - start, *self.shape[1:]), dtype=leaf.compute_dtype, device=weight.device)
         law = self.leaf.directed.law
-        law.write_(u, self.parts, decay=0.0, alpha=-1.0, scale=self.scale, start=start * width)
+        law.write_(u, self.parts, decay=0.0, alpha=-1.0, scale=self.scale, start=self.leaf.start + start * width)
         return u if self.shape else u.view(())
 
 

@@ -62,7 +62,7 @@ class Evaluating:
                     return None
                 points = asking.send(values)
         except StopIteration as done:
-            found: Estimate = done.value
+            found: Estimate | None = done.value
             return found
 
     def _evaluate(

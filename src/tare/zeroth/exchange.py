@@ -4,22 +4,22 @@ Directions are functions of (seed, name, step, member, element), so workers that
 weight and no gradient is ever sent. Points, data, or both are shared out; see `Workers`.
 """
 
-import hashlib
 import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from torch import distributed as dist
 
 from tare.core.checks import check_whole
 from tare.core.errors import InputError
 from tare.zeroth.closure import mean
-from tare.zeroth.digest import digests, parts
 from tare.zeroth.probes import Point
+from tare.zeroth.processes import FAILED, FINE, Processes, WorkersFailed
 
 if TYPE_CHECKING:
     from tare.zeroth.optimizer import ForwardOptimizer
+
+__all__ = ["Exchange", "Workers", "WorkersFailed"]
 
 LossesAt = Callable[[list[Point]], list[float]]
 
@@ -35,11 +35,7 @@ class Exchange(Protocol):
         ...
 
 
-class WorkersFailed(RuntimeError):
-    """Another worker failed or is gone. Nobody has taken the step."""
-
-
-class Workers:
+class Workers(Processes):
     """The processes of `torch.distributed` (torchrun; gloo or NCCL).
 
     W workers make `data` groups of W / data. Each group is given data of its own; within a group everybody has the same batch, and the
@@ -66,24 +62,11 @@ class Workers:
     """
 
     def __init__(self, data: int = 1, *, group: Any = None, check_every: int = 500):
+        super().__init__(group=group, check_every=check_every)
         self.data = check_whole("data", data, 1)
-        self.check_every = check_whole("check_every", check_every, 0)
-        self.group = group
-        self.sent, self.questions = 0, 0
-        self._checked = -1  # the last step whose weights were compared
-        self._facts, self._weights, self._fresh = 0, 0, True
+        self._fresh = True
 
     # -- who is who ----------------------------------------------------------------------------------------------------
-
-    @property
-    def workers(self) -> int:
-        """How many there are."""
-        if not dist.is_available() or not dist.is_initialized():
-            raise InputError(
-                "exchange: torch.distributed is not set up; start with torchrun and call torch.distributed.init_process_group(), or leave "
-                "exchange out"
-            )
-        return dist.get_world_size(self.group)
 
     @property
     def sharing(self) -> int:
@@ -103,17 +86,11 @@ class Workers:
     # -- a step --------------------------------------------------------------------------------------------------------
 
     def begin(self, optimizer: "ForwardOptimizer") -> None:
-        """What all workers must agree on at this step."""
-        facts = [optimizer.steps, optimizer.probe.describe(), self.data]
-        for group in optimizer.param_groups:
-            facts += [float(group["lr"]), float(group["weight_decay"]), int(group["seed"])]
-        self._facts = _folded(repr(facts).encode())
-        due = self._checked < 0 or (self.check_every and optimizer.steps - self._checked >= self.check_every)
-        self._weights = 0
-        if due:
-            self._weights = _folded(b"".join(name.encode() + d for name, d in digests(optimizer).items()))
-            self._checked = optimizer.steps
+        super().begin(optimizer)
         self._fresh = True
+
+    def _alike(self, optimizer: "ForwardOptimizer") -> list[Any]:
+        return [*super()._alike(optimizer), self.data]
 
     def evaluate(self, points: list[Point], losses_at: LossesAt) -> list[float]:
         """The losses of all points, here and on the other workers alike."""
@@ -133,13 +110,11 @@ class Workers:
             failure = error
         padded = [*found, *[0.0] * (width - len(found))]
         try:
-            rows = self._gathered([float(failure is not None), float(self._facts), float(self._weights), *padded])
-        except RuntimeError as error:
+            rows = self._gathered([*self._row(FINE if failure is None else FAILED), *padded])
+        except WorkersFailed as error:
             if failure is not None:
                 raise failure from error
-            raise WorkersFailed(
-                f"exchange: a worker is gone or does not answer; no worker has taken this step ({_first_line(error)})"
-            ) from error
+            raise
         if failure is not None:
             raise failure
         self._compare(rows)
@@ -149,46 +124,6 @@ class Workers:
             losses += [mean([row[at] for row in own]) for at in range(last - first)]
         return losses
 
-    def _compare(self, rows: list[list[float]]) -> None:
-        failed = [rank for rank, row in enumerate(rows) if row[0]]
-        if failed:
-            raise WorkersFailed(
-                f"exchange: worker {failed[0]} failed, its own message says how; no worker has taken this step"
-            )
-        for at, what, cure in (
-            (
-                1,
-                "steps, rates, seeds or probe",
-                "build the same optimizer everywhere, and resume all from the same state",
-            ),
-            (2, "weights", "load the same weights everywhere, or call exchange.share_(model) before the first step"),
-        ):
-            other = next((rank for rank, row in enumerate(rows) if row[at] != rows[0][at]), None)
-            if other is not None:
-                self._checked = -1
-                raise InputError(f"exchange: the {what} of worker {other} are not those of worker 0; {cure}")
-
-    def _gathered(self, row: list[float]) -> list[list[float]]:
-        """Everybody's row, by rank."""
-        device = torch.device("cuda", torch.cuda.current_device()) if _nccl(self.group) else torch.device("cpu")
-        mine = torch.tensor(row, dtype=torch.float64, device=device)
-        all_rows = [torch.empty_like(mine) for _ in range(self.workers)]
-        dist.all_gather(all_rows, mine, group=self.group)
-        self.sent += mine.numel() * mine.itemsize
-        self.questions += 1
-        found: list[list[float]] = torch.stack(all_rows).tolist()
-        return found
-
-    # -- beside ----------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def share_(self, model: torch.nn.Module) -> None:
-        """Give all workers worker 0's weights and buffers: the only time that any are sent."""
-        first = dist.get_global_rank(self.group, 0) if self.group is not None else 0
-        for tensor in [*model.parameters(), *model.buffers()]:
-            for piece in parts(tensor):
-                dist.broadcast(piece, first, group=self.group)
-
     def describe(self) -> str:
         """For `explain()`."""
         if not (dist.is_available() and dist.is_initialized()):
@@ -196,19 +131,3 @@ class Workers:
         data = f", {self.data} parts of data" if self.data > 1 else ""
         spent = f"; {self.sent / self.questions:.0f} bytes sent per question by each" if self.questions else ""
         return f"{self.workers} workers{data}, {self.sharing} to share the points of a step{spent}"
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "group": None}
-
-
-def _folded(text: bytes) -> int:
-    """A number that a double holds exactly."""
-    return 1 + int.from_bytes(hashlib.blake2b(text, digest_size=6).digest(), "big")
-
-
-def _nccl(group: Any) -> bool:
-    return "nccl" in dist.get_backend(group)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0][:160]

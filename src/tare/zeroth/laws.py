@@ -8,7 +8,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -68,6 +68,8 @@ class Coordinate(Law):
 
     The sign makes the mean zero, as of every other law here.
     """
+
+    cuts: ClassVar[bool] = True
 
     def place(self, draw: Draw) -> tuple[int, float]:
         """The element, and its value."""

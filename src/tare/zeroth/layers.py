@@ -134,7 +134,7 @@ class Measured:
         known = {name: value for name, value in kept.items() if name != "lr"}
         if MEASURED in kept and not (self.every and step - kept[MEASURED] >= self.every):
             estimate = yield from self.probe.ask(step, kept)
-            if estimate.keep is not None:
+            if estimate is not None and estimate.keep is not None:
                 estimate.keep = {**known, **estimate.keep}
             return estimate
         number = range(len(self.layers))

@@ -41,6 +41,7 @@ class LowRank(Law):
     rank: int = 1
     reuse: int = 1
 
+    cuts: ClassVar[bool] = True
     partial: ClassVar[bool] = False  # all rows of a leaf in one product with B: pieces would draw B anew
 
     def __post_init__(self) -> None:

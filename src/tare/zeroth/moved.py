@@ -17,12 +17,18 @@ Loss = Tensor | float
 
 @dataclass(frozen=True)
 class Moved:
-    """One trained leaf at one step: what a memory plan needs to move it."""
+    """One trained leaf at one step: what a memory plan needs to move it.
+
+    parameter: of a leaf that ranks share, this rank's rows. shared: then the parameter itself. start: the number of the first of its
+    elements in the leaf, which `draw` speaks of as a whole.
+    """
 
     parameter: Tensor
     directed: Directed
     state: State
     draw: Callable[[int], Draw]  # member -> direction
+    shared: Tensor | None = None
+    start: int = 0
 
     @property
     def name(self) -> str:
@@ -43,7 +49,7 @@ class Moved:
         """
         weight = self.parameter.detach() if weight is None else weight
         terms = [(draw, sign * scale) for draw, scale in self.terms(point)]
-        self.directed.law.gather_(target, terms, self.state, weight, start)
+        self.directed.law.gather_(target, terms, self.state, weight, self.start + start)
 
     def value(self) -> Tensor:
         """A fresh copy of the weight as a forward sees it: codes decoded, in its own dtype."""

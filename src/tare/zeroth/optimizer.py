@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ from tare.core.errors import InputError
 from tare.core.leaf import Role
 from tare.core.optimizer import Entry, Optimizer
 from tare.core.recipe import Recipe
-from tare.core.state import State
+from tare.core.shard import sharding
+from tare.core.shard.layout import local
 from tare.core.storage import Storage
 from tare.core.transform import Transform
 from tare.core.write import by_pieces, update_leaf, update_pieces
@@ -35,6 +36,7 @@ from tare.zeroth.past import Past
 from tare.zeroth.probes import Estimate, Probe, finite
 from tare.zeroth.recall import Recall
 from tare.zeroth.record import KEPT, PAST, SKIPPED, SKIPS, STEPS, Record, Recorder
+from tare.zeroth.shared import exchange_of, memory_of, refuse, unwrapped, wrapped_by_ddp
 
 __all__ = ["KEPT", "PAST", "SKIPPED", "STEPS", "ForwardOptimizer", "Record", "as_number"]
 
@@ -48,7 +50,8 @@ class ForwardOptimizer(Evaluating, Optimizer):
         lr, weight_decay, seed, maximize: as `tare.Optimizer`.
         probe: where the loss is evaluated, and what is made of it.
         memory: `auto`, `forward`, `in-place`, `in-place-exact` (see `zeroth.memory`), or a plan of one's own.
-        exchange: shares points among workers; None evaluates all of them here.
+        exchange: shares points among workers; None evaluates all of them here, but for a model that DDP wraps or `fully_shard` has cut:
+            then losses are averaged over its ranks, `Workers(data=...)`.
         storage: as `tare.Optimizer`, but 16-bit weights are rounded stochastically unless it says otherwise: steps of these methods are
             mostly smaller than the gap between two 16-bit numbers, and rounding to nearest would lose them.
         patience: steps in a row whose losses are not finite before `NotFinite` is raised; each is skipped and counted.
@@ -67,10 +70,13 @@ class ForwardOptimizer(Evaluating, Optimizer):
             return self
         bound.apply_defaults()
         itself, params, *_ = bound.signature.parameters
+        if not cls.shares:
+            refuse(cls.__name__, bound.arguments.get(params))
         self.given = {name: value for name, value in bound.arguments.items() if name not in (itself, params, "on_step")}
         return self
 
     given: dict[str, Any]  # the constructor's arguments, for logs
+    shares: ClassVar[bool] = True  # whether ranks may share the model, wrapped by DDP or cut by fully_shard
 
     def __init__(
         self, params: Any, recipe: Recipe, lr: float | Tensor, *, probe: Probe, memory: str | Memory = "auto",
@@ -79,8 +85,9 @@ class ForwardOptimizer(Evaluating, Optimizer):
     ):  # fmt: skip
         self.probe, self.exchange, self.on_step = probe, exchange, on_step
         self.patience = check_whole("patience", patience, 1)
+        ddp, params = (params if wrapped_by_ddp(params) else None), unwrapped(params)
         self.from_module = isinstance(params, nn.Module)
-        self.model = params if isinstance(params, nn.Module) else model
+        self.model = params if isinstance(params, nn.Module) else unwrapped(model)
         params = settled(params)
         counts: dict[str, Any] = {STEPS: 0, KEPT: {}, SKIPPED: 0, SKIPS: 0}
         rules = [t.rule for _, t in recipe.entries if isinstance(t, Directed)]
@@ -98,6 +105,10 @@ class ForwardOptimizer(Evaluating, Optimizer):
         laws = [e.transform.law for e in self._entries.values() if isinstance(e.transform, Directed)]
         if not laws:
             raise InputError("recipe: no leaf is trained; give at least one a direction law")
+        entries = list(self._entries.values())
+        self.exchange = exchange_of(exchange, entries, ddp)
+        if self.shared:
+            memory = memory_of(entries, probe, memory, self.model)
         self.memory: Memory = (
             choose(memory, params if self.model is None else self.model) if isinstance(memory, str) else memory
         )
@@ -155,7 +166,7 @@ class ForwardOptimizer(Evaluating, Optimizer):
         losses: list[float] = []
         estimate = self._ask(leaves, closure, losses)
         record = self._record(estimate, losses, leaves)
-        self._apply(leaves, record)
+        self._take(leaves, record)
         if self.on_step is not None:
             self.on_step(record)
         self.stepped()
@@ -181,7 +192,7 @@ class ForwardOptimizer(Evaluating, Optimizer):
         for group, (lr, weight_decay) in zip(self.param_groups, record.rates, strict=True):
             group["lr"], group["weight_decay"] = lr, weight_decay
         self._prepare_laws(leaves)
-        self._apply(leaves, record)
+        self._take(leaves, record)
         self.stepped()
 
     def _begin(self) -> None:
@@ -207,7 +218,7 @@ class ForwardOptimizer(Evaluating, Optimizer):
             moved=estimate.moves, keep=None if estimate.keep is None else dict(estimate.keep),
         )  # fmt: skip
 
-    def _apply(self, leaves: list[Moved], record: Record) -> None:
+    def _take(self, leaves: list[Moved], record: Record) -> None:
         """Step every leaf by a record, and count it."""
         past = None
         if self._recalls != 0:
@@ -234,7 +245,8 @@ class ForwardOptimizer(Evaluating, Optimizer):
     def _step_leaf(self, leaf: Moved, record: Record, past: Past | None) -> None:
         """Put the gradient of one leaf together, hand it to the rule, and drop it: by pieces where law and rule allow it."""
         p, law = leaf.parameter, leaf.directed.law
-        entry = self._entries[p]
+        whole = p if leaf.shared is None else leaf.shared
+        entry = self._entries[whole]
         group = {**entry.group, "lr": float(entry.group["lr"]) * record.factor}
         if not leaf.directed.decays:
             group["weight_decay"] = 0.0
@@ -244,7 +256,9 @@ class ForwardOptimizer(Evaluating, Optimizer):
             constant = None  # the gradient itself is wanted
         pieces = law.partial and by_pieces(entry.transform, p)
         with self._holding(gradient.whole() if constant is None and not pieces else p.new_empty(0)):
-            work = self._work(p, entry, group)
+            work = self._work(whole, entry, group)
+        if not p.numel():  # a rank may have no row of a leaf
+            return
         if constant is not None:
             step_in_one_pass(work, leaf, gradient.parts, constant)
             return
@@ -299,9 +313,20 @@ class ForwardOptimizer(Evaluating, Optimizer):
         for p, entry in self._entries.items():
             trained = p.requires_grad or self.model is None if names is None else entry.leaf.name in names
             if isinstance(entry.transform, Directed) and p.numel() and trained:
-                state = State(self._raw(p, entry), entry.slots)
-                found.append(Moved(p, entry.transform, state, self._drawer(entry)))
+                found.append(self._moved_leaf(p, entry))
         return found
+
+    def _moved_leaf(self, p: Tensor, entry: Entry) -> Moved:
+        state = sharding.view(entry, self._raw(p, entry), 0)
+        if entry.place is None:
+            return Moved(p, entry.transform, state, self._drawer(entry))  # type: ignore[arg-type]
+        rows, start = local(p.detach()), entry.place.mesh.offset
+        return Moved(rows, entry.transform, state, self._drawer(entry), p, start)  # type: ignore[arg-type]
+
+    @property
+    def shared(self) -> bool:
+        """Whether `fully_shard` has cut any leaf."""
+        return any(entry.place is not None for entry in self._entries.values())
 
     def _drawer(self, entry: Entry) -> Callable[[int], Draw]:
         step, seed = self.steps, int(entry.group["seed"])

@@ -257,10 +257,10 @@ def gram(leaves: Sequence[Moved], count: int) -> Tensor:
     """Inner products of the directions over all leaves, [count, count] float64; the order of leaves does not matter."""
     found = []
     for leaf in leaves:
-        weight, law = leaf.parameter.detach(), leaf.directed.law
+        weight, law, numel = leaf.parameter.detach(), leaf.directed.law, leaf.draw(0).leaf.numel
         own = torch.zeros(count, count, dtype=torch.float64)
-        size = weight.numel() if not law.partial else max(1, (1 << 20) // count)
-        for start, stop in spans(weight.numel(), size):
+        size = numel if not law.partial else max(1, (1 << 20) // count)
+        for start, stop in spans(numel, size):
             z = torch.stack([law.draw(leaf.draw(i), leaf.state, weight, start, stop) for i in range(count)]).double()
             for i in range(count):  # not a matrix product, whose sums may depend on where its memory lies
                 own[i, i:] += (z[i] * z[i:]).sum(1).cpu()

@@ -113,6 +113,12 @@ class PopulationOptimizer(ForwardOptimizer):
             raise InputError(
                 "together: members run side by side inside the modules; give the model itself as params, or model="
             )
+        if self.shared:
+            if self.together not in (None, 1):
+                raise InputError(
+                    "together: members side by side need whole weights, and fully_shard has cut them; use together=1"
+                )
+            self.together = 1
         self._compared = False
         self._least: int | None = None  # what was found to fit
 

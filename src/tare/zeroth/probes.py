@@ -56,7 +56,7 @@ class Estimate:
     moves: bool = True
 
 
-Asking = Generator[list[Point], list[float], Estimate]
+Asking = Generator[list[Point], list[float], Estimate | None]  # None: nothing can be said, the step is skipped
 
 
 PLAIN = Plain()

@@ -250,7 +250,7 @@ class RankingOptimizer(PopulationOptimizer):
         except StopIteration as done:
             self._open = None
             record = self._record(done.value, [], leaves)
-            self._apply(leaves, record)
+            self._take(leaves, record)
             if self.on_step is not None:
                 self.on_step(record)
             self.stepped()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tare.core.block_list import block_list
 from tare.core.errors import InputError, nearest
 from tare.core.int8_weight import Int8Weight
 
@@ -39,7 +40,7 @@ def find_blocks(model: nn.Module, names: str | Sequence[str] | None = None) -> l
         InputError: no such list; a block without parameters of its own, or that shares some with another module; int8 or sparse weights.
     """
     lists = dict(model.named_modules())
-    wanted = [_largest(lists)] if names is None else [names] if isinstance(names, str) else list(names)
+    wanted = [_largest(model)] if names is None else [names] if isinstance(names, str) else list(names)
     blocks: list[Block] = []
     for name in wanted:
         found = lists.get(name)
@@ -54,19 +55,14 @@ def find_blocks(model: nn.Module, names: str | Sequence[str] | None = None) -> l
     return blocks
 
 
-def _largest(lists: dict[str, nn.Module]) -> str:
-    best, most = "", 0
-    for name, module in lists.items():
-        alike = isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1
-        size = bytes_of(list(module.parameters())) if alike else 0
-        if size > most:
-            best, most = name, size
-    if not most:
+def _largest(model: nn.Module) -> str:
+    found = block_list(model)
+    if found is None:
         raise InputError(
             "blocks: the model has no nn.ModuleList of modules of one class to stream; name its list of blocks, blocks='...', or use "
             "'mezo'"
         )
-    return best
+    return found[0]
 
 
 def _check(model: nn.Module, blocks: list[Block]) -> None:

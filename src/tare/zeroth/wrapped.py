@@ -23,6 +23,10 @@ class Wrapped(Law):
         return self.law.partial
 
     @property
+    def cuts(self) -> bool:  # type: ignore[override]
+        return self.law.cuts and not self.reads_weight
+
+    @property
     def reads_weight(self) -> bool:  # type: ignore[override]
         return self.law.reads_weight
 

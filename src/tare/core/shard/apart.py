@@ -14,9 +14,11 @@ from torch import Tensor
 from torch import distributed as dist
 
 from tare.core.delta import Delta
+from tare.core.leaf import Leaf
 from tare.core.shard.layout import Layout
 from tare.core.state import State
-from tare.core.transform import Step
+from tare.core.storage import LOW, MASTER, Slot
+from tare.core.transform import Step, Transform
 
 _ALIGN = 16  # bytes: whatever begins there may be seen in any dtype
 
@@ -74,6 +76,24 @@ class Apart(Protocol):
     def form(self, rows: Tensor, basis: Tensor, decided: Sequence[Tensor]) -> Delta:
         """These rows of the update."""
         ...
+
+
+def apart_for(transform: Transform, leaf: Leaf, slots: dict[str, Slot], size: int) -> Apart | None:
+    """How a leaf with an owner is stepped apart among `size` ranks; None where it comes together.
+
+    It does where that sends less: `same` pieces go to every rank, so that a sum over rows [r, n] costs size r n, beside 3 m n for gradient
+    and weight there and weight back. It also does where the weight's form keeps a part of it with the owner.
+    """
+    if transform.together or LOW in slots or MASTER in slots:
+        return None
+    found = transform.apart(leaf, slots)
+    if found is None:
+        return None
+    pieces = (*found.up, *found.down)
+    sent = sum(
+        math.prod(each.shape) * each.dtype.itemsize * (size if each.how == "same" else 1) for each in pieces
+    )  # fmt: skip
+    return found if sent < 3 * leaf.numel * leaf.dtype.itemsize else None
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from tare.core.shard.apart import Apart
+from tare.core.shard.apart import Apart, apart_for
 from tare.core.shard.exchange import Part, gather, numbers_of_all, scatter
 from tare.core.shard.layout import local
 from tare.core.shard.places import Place
 from tare.core.state import State
-from tare.core.storage import LOW, MASTER
 from tare.core.transform import Step, Transform, Work
 
 if TYPE_CHECKING:
@@ -64,9 +63,7 @@ class Owned:
         place = entry.place
         assert place is not None
         assert place.owner is not None
-        # what a weight's form adds to it lies with the owner, so such weights are written there
-        added = LOW in entry.slots or MASTER in entry.slots
-        apart = None if added else entry.transform.apart(entry.leaf, entry.slots)
+        apart = apart_for(entry.transform, entry.leaf, entry.slots, place.mesh.layout.size)
         return cls(p, group, entry, place, place.owner, local(p.detach()), apart)
 
     @property
@@ -87,6 +84,7 @@ def step_whole(listed: Sequence[Owned], group: Any, engine: Engine) -> None:
             assert grad is not None
             engine.apply(mine.entry.transform, [engine.whole_work(mine, weight, grad)])
         _give_back(some, weight, group, engine)
+        del weight, grad  # before the next ones come
 
 
 def rounds(listed: Sequence[Owned]) -> list[list[Owned]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tare.core.errors import InputError
+from tare.parallel.group import Crew
 from tare.plan.activations import autocast
 from tare.plan.kinds import Kind, kind_of
 from tare.plan.models import config_for
@@ -99,24 +100,39 @@ class TaskData:
             return found.new_tensor(1.0 - accuracy(predicted, batch.gold))
         return found.new_tensor(1.0 - macro_f1(predicted, batch.gold, self.classes))
 
-    def evaluate(self, model: nn.Module, device: torch.device, precision: Precision, batch: int) -> TaskScores:
-        """Loss, accuracy and F1 on the first `eval_examples` held-out examples, in eval mode and without gradients."""
+    def evaluate(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        precision: Precision,
+        batch: int,
+        crew: Crew | None = None,
+        in_step: bool = False,
+    ) -> TaskScores:
+        """Loss, accuracy and F1 on the first `eval_examples` held-out examples, in eval mode and without gradients.
+
+        crew, in_step: workers that share the examples, see `train.evaluate`; they all get the whole result.
+        """
+        crew = crew or Crew()
         held = self.eval[: self.config.eval_examples]
-        total, predicted, gold = 0.0, [], []
+        rows: list[tuple[int, float, list[int], list[int]]] = []
         pad = int(self.tokenizer.pad_token_id or 0)
         with evaluating(model), torch.no_grad():
-            for start in range(0, len(held), batch):
+            for _, start, counts in crew.dealt(range(0, len(held), batch), in_step):
                 some = collate(held[start : start + batch], pad).to(device)
                 with autocast(precision, device.type):
                     found = scores(model, self.kind, some)
+                if not counts:
+                    continue
                 if self.template.task == "choice":
-                    right = found.gather(1, some.gold[:, None])
-                    total -= float(right.double().sum())
+                    loss = -float(found.gather(1, some.gold[:, None]).double().sum())
                 else:
-                    total += float(loss_of(found.double(), some)) * len(found)
-                predicted.append(found.argmax(dim=1).cpu())
-                gold.append(some.gold.cpu())
-        guesses, right_ones = torch.cat(predicted), torch.cat(gold)
+                    loss = float(loss_of(found.double(), some)) * len(found)
+                rows.append((start, loss, found.argmax(dim=1).tolist(), some.gold.tolist()))
+        everything = sorted(row for part in crew.gather(rows) for row in part)
+        total = sum(row[1] for row in everything)
+        guesses = torch.tensor([answer for row in everything for answer in row[2]])
+        right_ones = torch.tensor([answer for row in everything for answer in row[3]])
         f1 = macro_f1(guesses, right_ones, self.classes) if self.template.task == "classify" else None
         return TaskScores(total / len(held), accuracy(guesses, right_ones), f1, len(held))
 

@@ -67,20 +67,7 @@ def _lines(path: Path, kind: str) -> Iterator[tuple[int, Row]]:
         if kind in (".csv", ".tsv"):
             yield from _cells(reader, path, kind)
             return
-        for number, line in enumerate(reader, 1):
-            if line.isspace():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as fault:
-                raise InputError(
-                    f"data: {path}:{number}: malformed JSON ({sources.error_line(fault)}); every line must be one JSON object"
-                ) from fault
-            if not isinstance(row, dict):
-                raise InputError(
-                    f"data: {path}:{number}: a JSON {type(row).__name__}; every line must be one JSON object"
-                )
-            yield number, row
+        yield from sources.json_rows(reader, path)
 
 
 def _cells(reader: io.TextIOWrapper, path: Path, kind: str) -> Iterator[tuple[int, Row]]:

@@ -101,7 +101,9 @@ def collate(examples: Sequence[Example], pad: int, only_gold: bool = False) -> B
 
 def scores(model: nn.Module, kind: Kind, batch: Batch) -> Tensor:
     """The score of every answer, fp32 [n, c]; -inf where an example has fewer answers."""
-    takes = inspect.signature(model.forward).parameters
+    inner = getattr(model, "module", model)  # of DDP's wrapper
+    own = getattr(inner, "get_base_model", lambda: inner)()  # an adapter's wrapper hands on what it does not name
+    takes = inspect.signature(own.forward).parameters
     inputs: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": batch.mask}
     if batch.types is not None and "token_type_ids" in takes:
         inputs["token_type_ids"] = batch.types

@@ -1,0 +1,136 @@
+"""Whole runs by several processes: the run of one; stopped, resumed by another number or another way; refused in one line."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import Ranks
+from safetensors.torch import load_file
+
+sys.path.append(str(Path(__file__).parent.parent / "train"))
+import task_models
+from train_runs import config
+
+from tare.train import loop, metrics
+from tare.train.adapters import AdapterConfig
+from tare.train.config import RunConfig
+
+OPTIONS: dict[str, Any] = {"steps": 5, "batch": 4, "lr": 1e-3, "checkpoint_every": 3, "eval_every": 5}
+
+
+def far(a: Path, b: Path) -> float:
+    """The largest difference of two saved models, which have the same names."""
+    one, other = (load_file(place / "model" / "model.safetensors") for place in (a, b))
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def losses(out: Path) -> list[float]:
+    return [line["loss"] for line in metrics.read(out / "metrics.jsonl") if line["event"] in ("step", "eval")]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("alone") / "run"
+    loop.train(config(out, "galore", rank=8, **OPTIONS))
+    return out
+
+
+def job(out: Path, **changes: Any) -> RunConfig:
+    return config(out, "galore", rank=8, **{**OPTIONS, **changes})
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_run_of_two_is_the_run_of_one(ranks2: Ranks, alone: Path, tmp_path: Path, parallel: str) -> None:
+    out = tmp_path / "run"
+    found = ranks2.run("work_train", "trained", job=job(out, parallel=parallel), out=str(out))
+    assert [each["steps"] for each in found] == [5, 5], found
+    assert far(out, alone) < 1e-5
+    assert losses(out) == pytest.approx(losses(alone), abs=1e-5)
+    assert found[1]["heard"] == []
+    assert any(f"2 processes by {'DDP' if parallel == 'ddp' else 'FSDP2'}" in text for text in found[0]["heard"])
+    assert found[0]["measured"] == found[1]["measured"]
+
+
+def test_stopped_on_one_rank_and_resumed_by_one_process(ranks2: Ranks, alone: Path, tmp_path: Path) -> None:
+    """FSDP on two, a signal on rank 1 alone: both stop behind the same step, and one process goes on."""
+    out = tmp_path / "run"
+    first = ranks2.run("work_train", "trained", job=job(out, parallel="fsdp"), out=str(out), stop_at=2, stops=1)
+    assert [(each["interrupted"], each["steps"]) for each in first] == [(True, 2)] * 2
+    done = loop.train(job(out, resume=True))
+    assert (done.steps, done.interrupted) == (5, False)
+    assert far(out, alone) < 1e-5
+
+
+def test_started_by_one_and_resumed_by_two(ranks2: Ranks, alone: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    part = job(out, steps=3, schedule="constant")
+    loop.train(part)
+    whole = tmp_path / "whole"
+    loop.train(replace(part, train=replace(part.train, steps=6), run=replace(part.run, out=str(whole))))
+    for parallel, steps in (("ddp", 4), ("fsdp", 6)):
+        more = job(out, steps=steps, schedule="constant", parallel=parallel, resume=True)
+        found = ranks2.run("work_train", "trained", job=more, out=str(out))
+        assert [each["steps"] for each in found] == [steps] * 2, found
+        cut = any("cut into 1 parts and now are into 2" in text for text in found[0]["heard"])
+        assert cut == (parallel == "ddp")
+    assert far(out, whole) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"batch": 3}, "train.batch: 3 sequences do not divide among 2 workers; give a multiple of 2"),
+        ({"parallel": "fsdp", "release": True, "clip": None}, "release: model.layers.0"),
+        ({"source": "/nowhere"}, "data: '/nowhere' does not exist"),
+    ],
+)
+def test_one_of_them_says_what_is_wrong(ranks2: Ranks, tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    out = tmp_path / "run"
+    found = ranks2.run("work_train", "trained", job=job(out, **changes), out=str(out))
+    assert sorted(each["kind"] == "Elsewhere" for each in found) == [False, True], found
+    (told,) = (each["text"] for each in found if each["kind"] != "Elsewhere")
+    assert words in told
+    assert "\n" not in told
+    assert not out.exists()
+
+
+def test_int8_weights_are_averaged_leaf_by_leaf_and_never_cut(ranks2: Ranks, tmp_path: Path) -> None:
+    ready = config(tmp_path / "run", "q-galore", **{**OPTIONS, "steps": 2})
+    found = ranks2.run("work_train", "trained", job=ready, out=str(tmp_path / "run"))
+    assert [each["steps"] for each in found] == [2, 2], found
+    loop.train(replace(ready, run=replace(ready.run, out=str(tmp_path / "one"))))
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "one"), abs=1e-3)  # rounded stochastically
+    cut = replace(ready, train=replace(ready.train, parallel="fsdp"))
+    refused = ranks2.run("work_train", "trained", job=cut, out=str(tmp_path / "cut"))
+    assert any("q_proj.weight is int8, which cannot be cut" in each["text"] for each in refused)
+
+
+def test_what_is_planned_for_two_is_what_each_needs(ranks2: Ranks, tmp_path: Path) -> None:
+    for parallel in ("ddp", "fsdp"):
+        out = tmp_path / parallel
+        found = ranks2.run("work_train", "trained", job=job(out, parallel=parallel), out=str(out))
+        for part in ("weights", "state"):
+            assert found[0]["measured"][part] == pytest.approx(found[0]["predicted"][part], rel=0.02), (parallel, part)
+        assert found[0]["measured"]["peak"] == pytest.approx(found[0]["predicted"]["peak"], rel=0.10), parallel
+
+
+def test_answers_of_uneven_length_and_an_adapter(ranks2: Ranks, tmp_path: Path) -> None:
+    """A choice is a mean over tokens, of which processes have different numbers; only LoRA is trained, on weights that are cut."""
+    folder, data = task_models.llama(tmp_path / "model", weights=True), task_models.copa(tmp_path / "copa.jsonl", 24)
+    ready = task_models.job(tmp_path / "one", folder, data, "adamw", task="choice", lr=1e-2, batch=4)
+    ready = replace(ready, adapter=AdapterConfig(kind="lora", rank=2))
+    one = loop.train(ready)
+    out = tmp_path / "two"
+    cut = replace(ready, train=replace(ready.train, parallel="fsdp"))
+    found = ranks2.run("work_train", "trained", job=cut, out=str(out))
+    assert [each.get("steps") for each in found] == [4, 4], found
+    assert found[0]["loss"] == pytest.approx(one.loss, abs=1e-5)
+    assert found[0]["scores"] == found[1]["scores"] == one.scores
+    assert losses(out) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    name = "adapter_model.safetensors"
+    mine, theirs = (load_file(place / "model" / name) for place in (out, tmp_path / "one"))
+    assert mine.keys() == theirs.keys()
+    assert max(float((mine[leaf] - theirs[leaf]).abs().max()) for leaf in theirs) < 1e-4
