@@ -108,13 +108,17 @@ def test_int8_weights_are_averaged_leaf_by_leaf_and_never_cut(ranks2: Ranks, tmp
     assert any("q_proj.weight is int8, which cannot be cut" in each["text"] for each in refused)
 
 
-def test_what_is_planned_for_two_is_what_each_needs(ranks2: Ranks, tmp_path: Path) -> None:
+def test_what_is_planned_for_two_is_what_each_needs(tmp_path: Path) -> None:
+    fresh = Ranks(2)  # processes in which nothing has run yet: what others leave behind would be measured too
+    runs = {}
     for parallel in ("ddp", "fsdp"):
         out = tmp_path / parallel
-        found = ranks2.run("work_train", "trained", job=job(out, parallel=parallel), out=str(out))
+        runs[parallel] = fresh.run("work_train", "trained", job=job(out, parallel=parallel), out=str(out))
+    fresh.close()
+    for parallel, found in runs.items():
         for part in ("weights", "state"):
             assert found[0]["measured"][part] == pytest.approx(found[0]["predicted"][part], rel=0.02), (parallel, part)
-        assert found[0]["measured"]["peak"] == pytest.approx(found[0]["predicted"]["peak"], rel=0.10), parallel
+        assert found[0]["measured"]["peak"] == pytest.approx(found[0]["predicted"]["peak"], rel=0.05), parallel
 
 
 def test_answers_of_uneven_length_and_an_adapter(ranks2: Ranks, tmp_path: Path) -> None:

@@ -36,6 +36,9 @@ SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "run.device": st.sampled_from(["auto", "cpu", "cuda", "cuda:3"]),
     "run.budget": st.none(),
     "model.quantize": st.sampled_from([None, "int4", "int8:group=none", "int4:group=32"]),
+    "adapter.kind": st.just("lora"),  # the others refuse some of the settings below
+    "adapter.targets": st.sampled_from([None, "q_proj", "q_proj, v_proj", "all-linear"]),
+    "adapter.tokens": st.none(),
     "train.warmup": st.floats(0, 1, exclude_max=True) | st.just(1.0),
 }
 
@@ -51,7 +54,7 @@ def values(section: type, name: str) -> st.SearchStrategy[Any]:
     elif kind is float:
         found = st.floats(1e-12, 0.99)
     elif kind is int:
-        found = st.integers(2, 2**40)
+        found = st.integers(4, 2**40)  # no lower bound of a setting is above that
     else:
         found = {bool: st.booleans(), str: TEXTS}.get(kind, st.dictionaries(KEYS, PLAIN, max_size=3))
     return found | st.none() if optional else found

@@ -78,10 +78,12 @@ def resolve(
 @lru_cache
 def _own_storage(key: str, lr: float) -> Storage:
     """The storage that a method has when nothing is said about it."""
-    probe: nn.Module = nn.ModuleList([nn.Linear(2, 2)])  # a list of blocks, for methods that stream them
-    if registry.card(key).kind == "gradient":
-        quantize_weights_(probe)  # which goes with any storage
-    return registry.build(key, probe, lr).storage
+    probe: nn.Module = nn.Linear(2, 2)
+    quantize_weights_(probe)  # which goes with any storage
+    try:
+        return registry.build(key, probe, lr).storage
+    except InputError:  # a method that wants a list of blocks, as those do that stream them
+        return registry.build(key, nn.ModuleList([nn.Linear(2, 2)]), lr).storage
 
 
 def require_gradients(keys: Iterable[str]) -> None:

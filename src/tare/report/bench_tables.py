@@ -249,6 +249,21 @@ def swept(result: Result) -> str:
     return f"{rendered((('method', 'learning rate: loss', 'best'), rows))}\n\n- {note}"
 
 
+def scaling(result: Result) -> str:
+    """Tokens a second of two processes beside those of one."""
+    rows: list[tuple[str, ...]] = []
+    for row in result["rows"]:
+        one = row["one"]["tokens_per_second"]
+        ways = [f"{row[way]['efficiency']:.0%}" for way in ("ddp", "fsdp", "beside")]
+        rows.append((f"`{row['method']}`", f"{one:,.0f}", *ways))
+    header = ("method", "tokens/s of one process", "two, ddp", "two, fsdp", "two runs that know nothing of each other")
+    note = (
+        f"{result['model']}, {result['batch']} x {result['seq']} tokens a process, one thread each, {result['device']['processor']}; "
+        f"`{result['command'].strip()}`, commit {(result['commit'] or 'unknown')[:12]}, {result['date']}."
+    )
+    return f"{rendered((header, rows))}\n\n- {note}"
+
+
 def _comparison(result: Result, what: str, notes: bool) -> str:
     from tare.report import bench_quality_tables
 
@@ -280,6 +295,7 @@ VIEWS: dict[str, Callable[[Result], str]] = {
     "directions": lambda result: _forward("directions", result),
     "stream": lambda result: _forward("stream", result),
     "mezo-side-by-side": lambda result: _forward("side_by_side", result),
+    "weak-scaling": scaling,
     "staggered": lambda result: rendered(staggered(result)),
     "notes": _said,
     **scale_tables.VIEWS,

@@ -44,8 +44,8 @@ class Back:
 def spike_of(loss: float, recent: list[float], limit: float) -> Spike | None:
     """Whether a loss stands more than `limit` deviations above the recent ones: their median, and the median of their distances to it.
 
-    >>> spike_of(3.9, [3.0, 3.1, 2.9, 3.0, 3.1], limit=6)
-    Spike(loss=3.9, usual=3.0, apart=6.070416835289356)
+    >>> str(spike_of(3.9, [3.0, 3.1, 2.9, 3.0, 3.1], limit=6))
+    'the loss 3.9 stands 6.07 deviations above the usual 3'
     >>> spike_of(3.3, [3.0, 3.1, 2.9, 3.0, 3.1], limit=6), spike_of(0.1, [3.0, 3.1, 2.9, 3.0, 3.1], limit=6)
     (None, None)
     """
