@@ -86,7 +86,8 @@ def main() -> None:
         print(method, {way: round(rows[-1][way].get("efficiency", 1.0), 3) for way in (*WAYS, "beside")}, flush=True)
     number, dirty = commit()
     result = {
-        "what": "weak scaling", "command": f"python bench/weak_scaling.py --methods {given.methods} --steps {given.steps}", "commit": number, "dirty": dirty,
+        "what": "weak scaling", "command": f"python bench/weak_scaling.py --methods {given.methods} --steps {given.steps}",
+        "commit": number, "dirty": dirty,
         "date": date.today().isoformat(), "device": device(), "torch": torch.__version__, "load": [load, os.getloadavg()[0]],
         "model": given.model, "batch": given.batch, "seq": given.seq, "steps": given.steps, "warm": WARM, "rows": rows,
     }  # fmt: skip
