@@ -6,6 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# The same examples every time, so that what fails here fails everywhere; `pytest --hypothesis-profile=search` looks for others.
+settings.register_profile("same", derandomize=True, database=None)
+settings.register_profile("search", derandomize=False)
+settings.load_profile("same")
 
 sys.path.insert(0, str(Path(__file__).parent))
 

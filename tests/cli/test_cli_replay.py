@@ -96,4 +96,4 @@ def test_refusals(tare: Any, run: tuple[Path, Path, Path], tmp_path: Path) -> No
         assert shown.err.count("\n") == 1
         assert shown.out == ""
         assert not out.exists()
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob("*.tmp-*"))

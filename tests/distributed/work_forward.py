@@ -2,8 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ import tare
 from tare.core.errors import InputError
 from tare.rules.muon import Muon
 from tare.testing.forward import ForwardSubject
+from tare.train.session import threads
 
 STEPS = 2
 
@@ -58,17 +58,6 @@ WRAPS: dict[str, Callable[[nn.Module], nn.Module]] = {
 }  # fmt: skip
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """As the ranks have it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def whole(p: Tensor) -> list[float]:
     p = p.detach()
     return (p.full_tensor() if hasattr(p, "full_tensor") else p).double().flatten().tolist()
@@ -102,7 +91,7 @@ def build(key: str, params: Any, own: dict[str, Any]) -> Any:
     return registry.build(key, params, **own)
 
 
-@one_thread()
+@threads(1)  # as the ranks have it: sums of linear algebra depend on the number of threads
 def alone(
     size: int, key: str, form: dict[str, Any] | None = None, dtype: torch.dtype = torch.float64
 ) -> dict[str, Any]:

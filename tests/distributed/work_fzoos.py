@@ -3,8 +3,6 @@
 import copy
 import math
 import runpy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 import tare
+from tare.train.session import threads
 from tare.zeroth.federated import ASKED, QUERIES, VALUES
 
 SMALL: dict[str, Any] = {"local_steps": 3, "near": 8, "active": 2, "components": 120, "local_lr": 0.03, "capacity": 40}
@@ -37,18 +36,7 @@ def flat(net: nn.Module) -> list[float]:
     return torch.cat([p.detach().double().flatten() for p in net.parameters()]).tolist()
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """As the ranks have it: sums of linear algebra depend on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@one_thread()
+@threads(1)  # as the ranks have it: sums of linear algebra depend on the number of threads
 def alone(size: int, rounds: int, dtype: torch.dtype = torch.float64, **own: Any) -> dict[str, Any]:
     """All clients in this process."""
     net = Row(dtype)
@@ -87,7 +75,7 @@ def together(
     }  # fmt: skip
 
 
-@one_thread()
+@threads(1)  # as the ranks have it: sums of linear algebra depend on the number of threads
 def example(alone: int, rounds: int) -> list[Any]:
     """What `examples/federated_prompt.py` finds: losses, and the prompt."""
     path = Path(__file__).parents[2] / "examples" / "federated_prompt.py"

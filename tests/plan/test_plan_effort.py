@@ -1,5 +1,6 @@
 """A plan of a large model is little work, and the same to the byte as if all of it had been done."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 import tare
@@ -156,6 +158,16 @@ def test_remembered_answers_are_those_of_torch() -> None:
         == program(FakeTensorMode(allow_non_fake_inputs=True))
     )
     assert mode.answered > 200
+
+
+def test_a_copied_layer_keeps_the_mode() -> None:
+    """Else the copy holds weak references to storages twice, and the heap is broken some time after (adapters copy heads)."""
+    with quick.QuickFakeMode() as mode:
+        layer = nn.Linear(3, 4)
+        copied = copy.deepcopy(layer)
+        assert copied.weight.fake_mode is mode  # type: ignore[union-attr]
+        assert copied(torch.empty(2, 3)).shape == (2, 4)
+        assert copied.weight.untyped_storage()._cdata != layer.weight.untyped_storage()._cdata
 
 
 def test_answers_depend_on_the_default_dtype() -> None:

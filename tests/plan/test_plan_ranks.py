@@ -16,10 +16,11 @@ from tare.core.errors import InputError
 from tare.core.shard import apart_steps
 from tare.core.shard.layout import local
 from tare.methods import registry
+from tare.parallel.wrap import cut
 from tare.plan import links, traffic
 from tare.plan.activations import Tokens, fake_tensors, profile_model
 from tare.plan.models import build_model, build_skeleton, full
-from tare.plan.onegroup import RankTracker, pretended, shard, track_shards
+from tare.plan.onegroup import RankTracker, pretended, track_shards
 from tare.plan.rank_rows import cut_moments
 from tare.plan.ranks import Ranks
 from tare.plan.resolve import resolve
@@ -29,6 +30,7 @@ from tare.plan.shapes import MODELS, ModelShape
 from tare.plan.sharded import pieces, sharded
 from tare.plan.shares import shares
 from tare.plan.steps import StepCost, model_on_paper, on_paper, step_cost
+from tare.plan.units import units
 
 SMALL = ModelShape(96, 260, 4, 3, vocab=301)  # no dimension but the first divides by 8
 HELD = {"rank": 16}
@@ -96,7 +98,7 @@ def test_what_a_step_needs_on_a_rank(key: str, hyper: dict, monkeypatch: pytest.
     monkeypatch.setattr(dist, "all_to_all_single", lambda got, *sent, **group: got.zero_())
     with pretended(2) as mesh:
         model = build_model(full(SMALL))
-        shard(model, mesh)
+        cut(model, [part for _, part in units(model)], mesh)
         optimizer = choice.build(model)
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
@@ -153,7 +155,7 @@ def test_messages_are_those_that_torch_sends(gpus: int, parallel: str, shards: i
     assert ranks is not None
     with pretended(ranks.cut, ranks.replicas) as mesh, fake_tensors():
         model = build_skeleton(full(SMALL), torch.float32).train()
-        shard(model, mesh)
+        cut(model, [part for _, part in units(model)], mesh)
         work = Tokens(torch.zeros(2, 32, dtype=torch.long))
         with Counting() as seen:
             work.loss(model, work.tokens).backward()

@@ -9,7 +9,9 @@ NASTY = [
     0, -1, 2**31, 2**63, 2**64, 1e308, -0.0, True, None, "", "\0", "..", "../../x", "a" * 5000, [], {}, [[]], {"": {}}, "nan", "[" * 50,
     {"$tensor": "x"}, {"$tuple": 3}, {"$dict": [1]}, {"$float": []}, {"$ref": "#"},
 ]  # fmt: skip
-json_values = st.sampled_from(NASTY) | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20)
+json_values = (
+    st.sampled_from(NASTY).map(copy.deepcopy) | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20)
+)
 
 
 @st.composite

@@ -5,7 +5,16 @@ The command line maps them to exit codes: `InputError` 2, `DoesNotFit` 3. Anythi
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong. The message is one line that names the key or file and the fix."""
+    """Something the user gave is wrong. The message is one line that names the key or file and the fix.
+
+    What files bring into it cannot break the line or speak to the terminal: unprintable characters stand as escapes.
+
+    >>> print(InputError("a\\nb"))
+    a\\nb
+    """
+
+    def __str__(self) -> str:
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in super().__str__())
 
 
 class DoesNotFit(InputError):

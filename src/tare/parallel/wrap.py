@@ -173,25 +173,38 @@ def shard(
     Raises:
         InputError: no list of equal blocks; int8 weights; weights tied across blocks; CUDA without NCCL.
     """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
     check_device(model, crew, device)
     blocks = _units(model)
-    if shards is None or shards == crew.size:
-        mesh = init_device_mesh(device.type, (crew.size,), mesh_dim_names=("shard",))
-    else:
-        mesh = init_device_mesh(device.type, (crew.size // shards, shards), mesh_dim_names=("replicate", "shard"))
-    reduce = torch.float32 if any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()) else None
-    policy = MixedPrecisionPolicy(reduce_dtype=reduce, cast_forward_inputs=False)
     count = shards or crew.size
+    reduce = _reduced_in(model)
     inside = {p for block in blocks for p in block.parameters()}
     units = [Unit.of(block.parameters(), count, reduce) for block in blocks]
     units.append(Unit.of((p for p in model.parameters() if p not in inside), count, reduce))
-    for block in [*blocks, model]:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+    cut(model, blocks, mesh_of(device.type, count, crew.size // count))
     model.to(device)  # buffers
     return Spread(model, "fsdp", each, units=units, shards=count, repeated=crew.size // count)
+
+
+def mesh_of(device: str, shards: int, replicas: int = 1) -> Any:
+    """All ranks as [shards], or as [replicas, shards]."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if replicas == 1:
+        return init_device_mesh(device, (shards,), mesh_dim_names=("shard",))
+    return init_device_mesh(device, (replicas, shards), mesh_dim_names=("replicate", "shard"))
+
+
+def cut(model: nn.Module, blocks: Iterable[nn.Module], mesh: Any) -> None:
+    """`fully_shard` each block, and then what is around them; 16-bit gradients are reduced in fp32."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(reduce_dtype=_reduced_in(model), cast_forward_inputs=False)
+    for block in [*blocks, model]:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+
+
+def _reduced_in(model: nn.Module) -> torch.dtype | None:
+    return torch.float32 if any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()) else None
 
 
 def _units(model: nn.Module) -> list[nn.Module]:

@@ -13,6 +13,7 @@ from torch import distributed as dist
 from torch import nn
 
 from tare.core.errors import InputError
+from tare.parallel.wrap import cut, mesh_of
 from tare.plan.activations import Precision, Tokens, Workload, autocast, fake_tensors, skeleton
 from tare.plan.models import enable_checkpointing
 from tare.plan.profile import Moment
@@ -38,7 +39,6 @@ def pretended(shards: int, replicas: int = 1) -> Iterator[Any]:
     Raises:
         InputError: this process is part of a real group.
     """
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if dist.is_initialized():
@@ -46,10 +46,7 @@ def pretended(shards: int, replicas: int = 1) -> Iterator[Any]:
     store = cast(Any, FakeStore)()
     dist.init_process_group("fake", store=store, rank=0, world_size=shards * replicas)
     try:
-        if replicas == 1:
-            yield init_device_mesh("cpu", (shards,), mesh_dim_names=("shard",))
-        else:
-            yield init_device_mesh("cpu", (replicas, shards), mesh_dim_names=("replicate", "shard"))
+        yield mesh_of("cpu", shards, replicas)
     finally:
         dist.destroy_process_group()
 
@@ -102,16 +99,6 @@ class RankTracker(MemoryTracker):
         super()._count(getattr(tensor, "_local_tensor", tensor), category)
 
 
-def shard(model: nn.Module, mesh: Any) -> None:
-    """Cut the weights of a model among the ranks of a mesh as `parallel.wrap.shard` does: block by block, and what is around them."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    half = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if half else None, cast_forward_inputs=False)
-    for part in [*(part for _, part in units(model)), model]:
-        fully_shard(part, mesh=mesh, mp_policy=policy)
-
-
 def track_shards(
     config: "PretrainedConfig",
     batch: int,
@@ -138,14 +125,14 @@ def track_shards(
             parameter.requires_grad_(trained is None or name in trained)
         if checkpointing:
             enable_checkpointing(model)
-        shard(model, mesh)
+        cut(model, [part for _, part in units(model)], mesh)
         found = track_rank(model, work or Tokens(torch.zeros(batch, seq, dtype=torch.long)), precision)
         del model
     return found
 
 
 def track_rank(model: nn.Module, work: Workload, precision: Precision = "fp32") -> tuple[int, Sharded]:
-    """Track an evaluation and a micro-batch of a model that `shard` has cut."""
+    """Track an evaluation and a micro-batch of a model that `parallel.wrap.cut` has cut."""
     tracker = RankTracker()
     for parameter in model.parameters():
         tracker.mark([_padded(parameter)], "parameter")

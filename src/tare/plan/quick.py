@@ -37,6 +37,14 @@ class QuickFakeMode(FakeTensorMode):
         self._memory = _MEMORY.setdefault(torch.get_default_dtype(), {})
         self.answered = 0
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "QuickFakeMode":
+        """Itself: a copy of a fake tensor is of the same mode.
+
+        A fake parameter holds its mode in its `__dict__`, so that a copy of a layer would copy the mode too, and with it torch's
+        weak references to storages: those free, when they die, what only the original may free.
+        """
+        return self
+
     def dispatch(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:

@@ -5,7 +5,6 @@ here as in a run. How a leaf with an owner is stepped, together or apart, its tr
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,7 +13,7 @@ from tare.core.leaf import Leaf
 from tare.core.optimizer import Optimizer
 from tare.core.shard.apart import Apart, Piece, apart_for
 from tare.core.shard.layout import Layout, Mesh
-from tare.core.shard.places import Place, owned_by, steps_where_it_lies
+from tare.core.shard.places import Place, owned_by, rounds, steps_where_it_lies
 from tare.core.storage import Slot
 from tare.core.write import CHUNK
 from tare.plan.profile import Moment
@@ -235,15 +234,6 @@ class _Book:
         sums = [[sum(self._sum(m, each.leaf) for m in self._messages(each)) for each in some] for some in apart]
         told = Trip(2 * len(apart), sum(map(sum, sums)), sum(map(max, sums)))
         return found[0], told, found[1]
-
-
-def rounds(owned: list[_Owned]) -> list[list[_Owned]]:
-    """Leaves by rounds, each with at most one leaf of every owner, in their order."""
-    by_owner: dict[int, list[_Owned]] = defaultdict(list)
-    for each in owned:
-        by_owner[each.owner].append(each)
-    most = max(map(len, by_owner.values()), default=0)
-    return [[own[number] for own in by_owner.values() if number < len(own)] for number in range(most)]
 
 
 def shares(optimizer: Optimizer, cost: StepCost, size: int) -> Shares:

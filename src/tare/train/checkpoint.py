@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tare.core.errors import CheckpointError
+from tare.core.shard.layout import local
 from tare.core.weights import plain_parts
 from tare.train import integrity, tensorfile
 from tare.train.stored import OPTIMIZER, TENSORS, TRAINER, WEIGHTS, Content, open_content
@@ -209,6 +210,11 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
     named = [*model.named_parameters(), *buffers.items()]
     return {part: inner.detach() for name, tensor in named for part, inner in plain_parts(name, tensor).items()}
+
+
+def held_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The same, as far as this process has them: of weights that are cut its rows."""
+    return {name: local(tensor) for name, tensor in weights_of(model).items()}
 
 
 def restore_weights(model: nn.Module, snapshot: Snapshot) -> None:

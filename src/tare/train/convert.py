@@ -4,13 +4,12 @@ Every kind of run reads both kinds of checkpoint; this is for other programs, fo
 """
 
 import json
-import os
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from tare.core.errors import CheckpointError, InputError
+from tare.core.shard.layout import Layout
 from tare.train import checkpoint, integrity, tensorfile
 from tare.train.checkpoint import Snapshot
 from tare.train.config import RunConfig
@@ -158,11 +157,10 @@ def _sharded(snapshot: Snapshot, target: Path, facts: dict[str, Any], ranks: int
 
 
 def _rows(stored: Stored, rank: int, ranks: int) -> Rows | None:
-    """A rank's part, cut as `torch.chunk` does; None where it has none. The first has what cannot be cut."""
+    """A rank's part; None where it has none. The first has what cannot be cut."""
     if not stored.shape or 0 in stored.shape:
         return Rows(stored, 0, stored.shape[0] if stored.shape else 1) if rank == 0 else None
-    each = -(-stored.shape[0] // ranks)
-    first, last = min(rank * each, stored.shape[0]), min((rank + 1) * each, stored.shape[0])
+    first, last = Layout(stored.shape[0], ranks, rank).own
     return Rows(stored, first, last) if first < last else None
 
 
@@ -198,12 +196,5 @@ def _model(snapshot: Snapshot, out: Path) -> None:
     config = config_of(snapshot)
     job = session.build(replace(config, run=replace(config.run, device="cpu")), {})
     checkpoint.restore_weights(job.model, snapshot)
-    place = integrity.aside(out)
-    try:
-        place.mkdir()
+    with integrity.appearing(out) as place:
         session.save_model(job, place)
-        if out.exists():
-            out.rmdir()
-        os.rename(place, out)
-    finally:
-        shutil.rmtree(place, ignore_errors=True)

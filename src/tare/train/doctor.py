@@ -166,7 +166,7 @@ def _log(folder: Path, newest: Snapshot | None, any_there: bool) -> Iterator[Fin
     whole, _, tail = data.rpartition(b"\n")
     rows = whole.split(b"\n") if whole else []
     lines, good = metrics.read(path), True
-    if bad := [number for number, row in enumerate(rows, 1) if not _is_line(row)]:
+    if bad := [number for number, row in enumerate(rows, 1) if metrics.parsed(row) is None]:
         good = False
         yield Finding(
             metrics.NAME, "damaged", f"{len(bad)} lines are none, the first is line {bad[0]}; they are passed over"
@@ -190,14 +190,6 @@ def _log(folder: Path, newest: Snapshot | None, any_there: bool) -> Iterator[Fin
     if good:
         ahead = f"; those after step {newest.step} come again on resume" if newest and last > newest.step else ""
         yield Finding(metrics.NAME, "whole", f"{last:,} steps{ahead}")
-
-
-def _is_line(row: bytes) -> bool:
-    try:
-        line = json.loads(row)
-    except ValueError:
-        return False
-    return isinstance(line, dict) and isinstance(line.get("step"), int) and "event" in line
 
 
 def _seeds(folder: Path) -> Iterator[Finding]:

@@ -191,6 +191,29 @@ def aside(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}{TEMPORARY}{secrets.token_hex(4)}")
 
 
+@contextlib.contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of `folder` (not there yet, or empty) when all is well: whole, or not at all."""
+    place = aside(folder)
+    try:
+        place.mkdir(parents=True)
+        yield place
+        sync_tree(place)
+        if folder.exists():
+            folder.rmdir()
+        os.rename(place, folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def sync_tree(folder: Path) -> None:
+    """`sync` of a folder and all that is in it."""
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
+
+
 def sync(path: Path) -> None:
     """Force a file's or folder's content to the disk."""
     handle = os.open(path, os.O_RDONLY)

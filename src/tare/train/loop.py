@@ -87,7 +87,7 @@ def _train(config: RunConfig, crew: Crew, on_event: OnEvent) -> Result:
             folder = run.RunFolder(config.run.out, config.run.resume, own=crew.first)
         with crew.together():
             if config.run.resume:  # each reads its part of the files and all know whether they are intact
-                snapshot = _latest(folder.checkpoints, crew)
+                snapshot = sharded.latest(folder.checkpoints, crew)
         with crew.together():
             if crew.first:
                 config, warnings = _settled(config, snapshot, crew)
@@ -143,11 +143,6 @@ def _settled(config: RunConfig, snapshot: checkpoint.Snapshot | None, crew: Crew
     if config.run.tensorboard:
         metrics.writer_class()
     return config, warnings
-
-
-def _latest(folder: Path, crew: Crew) -> checkpoint.Snapshot | None:
-    """The newest intact checkpoint, the same on all workers."""
-    return checkpoint.load_latest(folder) if crew.size == 1 else sharded.load_latest(folder, crew.control)
 
 
 def _counters(saved: dict[str, Any]) -> Counters:

@@ -87,13 +87,18 @@ def read(path: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     for raw in data.split(b"\n")[:-1]:  # what follows the last newline is torn, or empty
-        try:
-            line = json.loads(raw)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int) and "event" in line:
+        if (line := parsed(raw)) is not None:
             lines.append(line)
     return lines
+
+
+def parsed(raw: bytes) -> dict[str, Any] | None:
+    """One line of a log; None where it is none."""
+    try:
+        line = json.loads(raw)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get("step"), int) and "event" in line else None
 
 
 def truncate(path: Path, step: int, evaluated: int) -> None:

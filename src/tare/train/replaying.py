@@ -13,7 +13,7 @@ from torch import nn
 from tare.core.errors import InputError
 from tare.methods.replay import replay
 from tare.plan.kinds import kind_of
-from tare.train import adapter_files
+from tare.train import adapter_files, integrity
 from tare.train.adapter_layers import attach
 from tare.train.adapters import AdapterConfig
 from tare.train.bars import no_bars
@@ -65,24 +65,16 @@ def replay_folder(
         for file in sorted(base.iterdir())
         if file.is_file() and file.name not in WRITTEN and file.suffix not in WEIGHTS
     ]
-    unfinished = out.with_name(out.name + ".part")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
+    with integrity.appearing(out) as place:
         with no_bars():
             state = dense_state(model.to("cpu"), dtype_of(found))
             if adapter is None or adapter.kind is None or adapter.merge:
                 whole: Any = model.merge_and_unload() if adapter is not None and adapter.merge else model  # type: ignore[operator]
-                whole.save_pretrained(unfinished, state_dict=state)
+                whole.save_pretrained(place, state_dict=state)
             else:
-                adapter_files.write(model, unfinished)
+                adapter_files.write(model, place)
         for file in copied:
-            shutil.copyfile(file, unfinished / file.name)
-        if out.exists():
-            out.rmdir()
-        unfinished.replace(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.copyfile(file, place / file.name)
     return Written(out, found, done.steps, done.exact, tuple(file.name for file in copied))
 
 

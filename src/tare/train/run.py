@@ -118,9 +118,7 @@ class RunFolder:
         try:
             new.mkdir()
             save(new)
-            for path in new.rglob("*"):
-                integrity.sync(path)
-            integrity.sync(new)
+            integrity.sync_tree(new)
             integrity.reach("before_model")
             if self.model.exists():
                 os.rename(self.model, old)

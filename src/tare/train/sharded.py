@@ -135,6 +135,11 @@ def named_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:
     return {"state": state, "param_groups": whole["param_groups"], "order": order}
 
 
+def latest(folder: Path, crew: Any) -> Snapshot | None:
+    """The newest intact checkpoint, the same on all of the workers of a run. crew: a `parallel.group.Crew`."""
+    return checkpoint.load_latest(folder) if crew.size == 1 else load_latest(folder, crew.control)
+
+
 def load_latest(folder: Path, group: Any = None) -> Snapshot | None:
     """The newest checkpoint that verifies, the same on all ranks, which share the reading of its files; None if there is none at all.
 
@@ -255,13 +260,8 @@ def _like(p: Any, value: Any, cut: bool, copied: bool) -> Any:
     if not cut or not layout.is_sharded(p):
         found = value.whole()
         return found.clone() if copied else found
-    from torch.distributed.tensor import DTensor
-
     from tare.train.dcp import box_of
 
     sizes, offsets = box_of(value.shape, p.device_mesh, p.placements)
     local = value.read(offsets, sizes).to(p.to_local().device, copy=copied)
-    like = torch.empty(value.shape, device="meta")
-    return DTensor.from_local(
-        local, p.device_mesh, p.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
+    return layout.distributed(local, value.shape, p.device_mesh, p.placements)

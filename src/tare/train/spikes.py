@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tare.train import checkpoint, session, sharded
+from tare.train import session, sharded
 from tare.train.config import TrainConfig
 from tare.train.session import Session
 
@@ -73,8 +73,7 @@ def go_back(job: Session, checkpoints: Path, counters: Any) -> Back | None:
 
     Raises `CheckpointError`, as a resume does.
     """
-    crew = job.crew
-    snapshot = checkpoint.load_latest(checkpoints) if crew.size == 1 else sharded.load_latest(checkpoints, crew.control)
+    snapshot = sharded.latest(checkpoints, job.crew)
     if snapshot is None:
         return None
     session.restore(job, snapshot)

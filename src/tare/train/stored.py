@@ -133,7 +133,7 @@ def open_content(folder: Path, manifest: dict[str, Any], part: int = 0, parts: i
     weights, tensors = _sharded_tensors(folder, manifest, part, parts) if sharded else _single_tensors(folder)
     read = _sharded_state if sharded else _single_state
     tree = parsed(folder / OPTIMIZER, lambda text: _tree(text, tensors))
-    state, groups, order = parsed(folder / OPTIMIZER, lambda _: read(tree))
+    state, groups, order = parsed(folder / OPTIMIZER, lambda _: _sane(*read(tree)))
     trainer = parsed(folder / TRAINER, lambda text: _tree(text, {}))
     return Content(folder, manifest, weights, state, groups, order, trainer, dict(tree.get("exchange") or {}))
 
@@ -224,6 +224,21 @@ def _single_state(plain: dict[str, Any]) -> tuple[dict[Any, Any], list[dict[str,
     for group in plain["param_groups"]:
         order |= zip(group["params"], group.get("param_names") or group["params"], strict=True)
     return {order[number]: raw for number, raw in plain["state"].items()}, plain["param_groups"], order
+
+
+def _sane(
+    state: Any, groups: Any, order: dict[Any, Any]
+) -> tuple[dict[Any, Any], list[dict[str, Any]], dict[int, Any]]:
+    """The same, if it can be what an optimizer gave. Raises ValueError where leaves are not numbered or none's state is there."""
+    if not all(type(number) is int for number in order):
+        raise ValueError("parameters are numbered by integers")
+    if not (isinstance(groups, list) and all(isinstance(group, dict) for group in groups)):
+        raise ValueError("param_groups is not a list of tables")
+    leaves = set(order.values())
+    for leaf, raw in state.items():
+        if leaf not in leaves or not isinstance(raw, dict):
+            raise ValueError(f"state of {leaf!r}, which is no parameter of any group, or not a table")
+    return state, groups, order
 
 
 def _made(tree: Any, make: Callable[[Stored], Any]) -> Any:

@@ -16,7 +16,6 @@ import torch
 
 from tare import __version__
 from tare.core.errors import InputError
-from tare.core.shard.layout import local
 from tare.parallel.group import Crew
 from tare.parallel.wrap import differing
 from tare.plan.budget import format_bytes, parse_bytes
@@ -93,11 +92,8 @@ class Trainer:
         self.saved = counters.step
         self._sent = job.crew.bytes_sent  # up to the last step
         self._backs = 0  # to the last checkpoint
-        own, copy = (
-            job.config.run,
-            checkpoint.nbytes({name: local(t) for name, t in checkpoint.weights_of(job.model).items()})
-            + int(job.optimizer.state_bytes()),
-        )
+        own = job.config.run
+        copy = checkpoint.nbytes(checkpoint.held_weights(job.model)) + int(job.optimizer.state_bytes())
         background = in_background(own.checkpoint_async, job.device, own.budget, copy)
         self.saver = Saver(folder.checkpoints, job.model, job.optimizer, own.keep, background)
         self.seeds: RunLog | None = None
@@ -281,7 +277,7 @@ class Trainer:
         self.saved, self._backs = now.step, 0
         if not (self.crew.first or self.saver.sharded):
             return
-        bad = finite({name: local(tensor) for name, tensor in checkpoint.weights_of(self.job.model).items()})
+        bad = finite(checkpoint.held_weights(self.job.model))
         if self.crew.agree(bad is not None) if self.saver.sharded else bad:
             raise Diverged(
                 f"step {now.step}: the weight {bad or 'of another worker'} is no longer finite; not saved, the checkpoints before are "
@@ -322,7 +318,7 @@ class Trainer:
         now, model = self.now, self.job.model
         peak = max(self.crew.gather(peak)) if not self.job.forward_only else peak
         if peak >= now.measured.get("peak", 0):
-            weights = checkpoint.nbytes({name: local(tensor) for name, tensor in checkpoint.weights_of(model).items()})
+            weights = checkpoint.nbytes(checkpoint.held_weights(model))
             state = int(self.job.optimizer.state_bytes())
             now.measured = {"weights": weights, "state": state, "rest": peak - weights - state, "peak": peak}
         if now.step == min(METERED, self.steps):

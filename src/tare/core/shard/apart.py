@@ -15,6 +15,7 @@ from torch import distributed as dist
 
 from tare.core.delta import Delta
 from tare.core.leaf import Leaf
+from tare.core.shard.exchange import all_to_all, as_bytes
 from tare.core.shard.layout import Layout
 from tare.core.state import State
 from tare.core.storage import LOW, MASTER, Slot
@@ -120,7 +121,7 @@ def ask(
     }
     mine = next((each for each in messages if each.owner == layout.rank), None)
     sizes = [0 if mine is None else mine.nbytes(rank) for rank in range(layout.size)]
-    got = _exchange([packed.get(rank) for rank in range(layout.size)], sizes, group, device)
+    got = all_to_all([packed.get(rank) for rank in range(layout.size)], sizes, group, device)
     if mine is None:
         return None
     parts = [_unpack(each, mine, rank) for rank, each in enumerate(got.split(sizes))]
@@ -152,7 +153,7 @@ def answer(
             out[rank] = _pack(_checked(mine, parts, rank))
     by_owner = {each.owner: each for each in messages}
     sizes = [by_owner[rank].nbytes(layout.rank) if rank in by_owner else 0 for rank in range(layout.size)]
-    got = _exchange(out, sizes, group, device).split(sizes)
+    got = all_to_all(out, sizes, group, device).split(sizes)
     return [_unpack(got[each.owner], each, layout.rank) for each in messages]
 
 
@@ -168,7 +169,7 @@ def _pack(tensors: Sequence[Tensor]) -> Tensor:
     """As bytes, each at a multiple of 16."""
     flat = []
     for tensor in tensors:
-        data = tensor.contiguous().view(-1).view(torch.uint8)
+        data = as_bytes(tensor)
         flat += [data, data.new_zeros(-data.numel() % _ALIGN)]
     return torch.cat(flat)
 
@@ -181,14 +182,6 @@ def _unpack(data: Tensor, message: Message, rank: int) -> list[Tensor]:
         found.append(data[start : start + size].view(piece.dtype).view(shape))
         start += piece.nbytes(message.layout, rank)
     return found
-
-
-def _exchange(sent: Sequence[Tensor | None], sizes: list[int], group: Any, device: torch.device) -> Tensor:
-    empty = torch.empty(0, dtype=torch.uint8, device=device)
-    out = [empty if each is None else each for each in sent]
-    got = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
-    dist.all_to_all_single(got, torch.cat(out), sizes, [each.numel() for each in out], group=group)
-    return got
 
 
 def flags_of_all(own: Sequence[int], counts: Sequence[int], group: Any, device: torch.device) -> list[list[int]]:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tare.core.shard.apart import Apart, Message, Piece, answer, ask, flags_of_all
-from tare.core.shard.owned import Engine, Owned, mine_of, rounds
+from tare.core.shard.owned import Engine, Owned, mine_of
+from tare.core.shard.places import rounds
 from tare.core.write import seen, shape_of, write
 
 APART, BASIS, WHOLE = (

@@ -3,6 +3,7 @@
 Nothing is gathered on every rank. In a round each rank owns at most one matrix, so beside its own rows it holds one gradient, one weight.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,6 @@ from torch import Tensor
 from torch import distributed as dist
 
 from tare.core.shard.layout import Layout
-from tare.core.shard.places import width_of
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ def gather(parts: Sequence[Part], group: Any, device: torch.device) -> Tensor | 
     """
     by_owner = {part.owner: part for part in parts}
     layout = parts[0].layout
-    flat = [_bytes(by_owner[rank].rows) if rank in by_owner else None for rank in range(layout.size)]
+    flat = [as_bytes(by_owner[rank].rows) if rank in by_owner else None for rank in range(layout.size)]
     mine = by_owner.get(layout.rank)
     sizes = [0] * layout.size
     if mine is not None:
-        each = width_of(mine.shape) * mine.rows.element_size()
+        each = math.prod(mine.shape[1:]) * mine.rows.element_size()
         sizes = [count * each for count in mine.layout.counts]
-    got = _all_to_all(flat, sizes, group, device)
+    got = all_to_all(flat, sizes, group, device)
     return None if mine is None else got.view(mine.rows.dtype).view(mine.shape)
 
 
@@ -54,13 +54,13 @@ def scatter(parts: Sequence[Part], whole: Tensor | None, group: Any, device: tor
     mine = next((part for part in parts if part.owner == layout.rank), None)
     if mine is not None:
         assert whole is not None
-        flat = [_bytes(whole[slice(*mine.layout.cut(rank))]) for rank in range(layout.size)]
+        flat = [as_bytes(whole[slice(*mine.layout.cut(rank))]) for rank in range(layout.size)]
     by_owner = {part.owner: part for part in parts}
     sizes = [
         by_owner[rank].rows.numel() * by_owner[rank].rows.element_size() if rank in by_owner else 0
         for rank in range(layout.size)
     ]
-    got = _all_to_all(flat, sizes, group, device)
+    got = all_to_all(flat, sizes, group, device)
     start = 0
     for rank, size in enumerate(sizes):
         if size:
@@ -71,12 +71,13 @@ def scatter(parts: Sequence[Part], whole: Tensor | None, group: Any, device: tor
         start += size
 
 
-def _bytes(tensor: Tensor) -> Tensor:
+def as_bytes(tensor: Tensor) -> Tensor:
     """As bytes, flat: no backend refuses those, and no bit is touched."""
     return tensor.contiguous().view(-1).view(torch.uint8)
 
 
-def _all_to_all(sent: Sequence[Tensor | None], sizes: list[int], group: Any, device: torch.device) -> Tensor:
+def all_to_all(sent: Sequence[Tensor | None], sizes: list[int], group: Any, device: torch.device) -> Tensor:
+    """What all ranks send to this one, in their order. sent: bytes for each rank, None for nothing. sizes: of what each sends here."""
     empty = torch.empty(0, dtype=torch.uint8, device=device)
     out = [empty if each is None else each for each in sent]
     got = torch.empty(

@@ -53,6 +53,17 @@ def local(tensor: Any) -> Any:
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
+def distributed(piece: Tensor, shape: tuple[int, ...], device_mesh: Any, placements: Any) -> Tensor:
+    """A DTensor from this rank's piece of it, of a shape that is stated and not asked of the other ranks."""
+    from torch.distributed.tensor import DTensor
+
+    whole = torch.empty(shape, device="meta")
+    found: Tensor = DTensor.from_local(
+        piece, device_mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
+    return found
+
+
 def summed(number: Tensor, cut: Any) -> Tensor:
     """The sum, over the ranks among which a DTensor is cut, of what each has found of its own piece."""
     for at, place in enumerate(cut.placements):
@@ -98,13 +109,7 @@ class Mesh:
 
     def wrap(self, piece: Tensor, shape: tuple[int, ...]) -> Tensor:
         """This rank's piece of a tensor of that shape, as a DTensor that lies like the leaf."""
-        from torch.distributed.tensor import DTensor
-
-        whole = torch.empty(shape, device="meta")
-        found: Tensor = DTensor.from_local(
-            piece, self.device_mesh, self.placements, run_check=False, shape=whole.shape, stride=whole.stride()
-        )
-        return found
+        return distributed(piece, shape, self.device_mesh, self.placements)
 
     def cut(self, whole: Tensor) -> Tensor:
         """This rank's piece of a whole tensor whose dimension 0 lies like the leaf's."""

@@ -1,6 +1,5 @@
 """Owned: leaves that come together on one rank for the length of their step: what the rounds are, and what they ask of the optimizer."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -11,7 +10,7 @@ from torch import Tensor
 from tare.core.shard.apart import Apart, apart_for
 from tare.core.shard.exchange import Part, gather, numbers_of_all, scatter
 from tare.core.shard.layout import local
-from tare.core.shard.places import Place
+from tare.core.shard.places import Place, rounds
 from tare.core.state import State
 from tare.core.transform import Step, Transform, Work
 
@@ -85,15 +84,6 @@ def step_whole(listed: Sequence[Owned], group: Any, engine: Engine) -> None:
             engine.apply(mine.entry.transform, [engine.whole_work(mine, weight, grad)])
         _give_back(some, weight, group, engine)
         del weight, grad  # before the next ones come
-
-
-def rounds(listed: Sequence[Owned]) -> list[list[Owned]]:
-    """At most one leaf of each owner at a time, in the order of the leaves."""
-    by_owner: dict[int, list[Owned]] = defaultdict(list)
-    for each in listed:
-        by_owner[each.owner].append(each)
-    most = max(map(len, by_owner.values()), default=0)
-    return [[own[number] for own in by_owner.values() if number < len(own)] for number in range(most)]
 
 
 def mine_of(some: Sequence[Owned]) -> Owned | None:

@@ -4,10 +4,10 @@ A leaf whose rule works element by element is stepped where its rows lie, withou
 one rank, to which gradient and weight come for the length of its step, and which alone keeps its state.
 """
 
-import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -71,6 +71,25 @@ def owned_by(leaves: Sequence[Leaf], size: int, loads: list[int] | None = None) 
     return found
 
 
+class HasOwner(Protocol):
+    """A leaf, or what stands for one."""
+
+    @property
+    def owner(self) -> int: ...
+
+
+L = TypeVar("L", bound=HasOwner)
+
+
+def rounds(listed: Sequence[L]) -> list[list[L]]:
+    """Leaves by rounds: at most one of each owner at a time, in the order of the leaves."""
+    by_owner: dict[int, list[L]] = defaultdict(list)
+    for each in listed:
+        by_owner[each.owner].append(each)
+    most = max(map(len, by_owner.values()), default=0)
+    return [[own[number] for own in by_owner.values() if number < len(own)] for number in range(most)]
+
+
 @dataclass(frozen=True)
 class Place:
     """Where one leaf is stepped. owner: the rank, in the group that the leaf is cut among, or None: each rank its own rows."""
@@ -123,20 +142,3 @@ class Place:
         if not isinstance(value, Tensor) or local(value) is not value:
             return value
         return self.mesh.wrap(self.mesh.cut(value), tuple(value.shape))
-
-
-def tell(place: Place | None) -> str:
-    """A few words for tables."""
-    if place is None:
-        return ""
-    return "each rank its rows" if place.lies else f"whole on rank {place.owner}"
-
-
-def pieces(rows: int, width: int, layout: Layout) -> list[int]:
-    """Elements of each rank."""
-    return [count * width for count in replace(layout, rows=rows).counts] if rows else [0] * layout.size
-
-
-def width_of(shape: Sequence[int]) -> int:
-    """Elements to a row."""
-    return math.prod(shape[1:])
