@@ -138,3 +138,30 @@ def test_answers_of_uneven_length_and_an_adapter(ranks2: Ranks, tmp_path: Path) 
     mine, theirs = (load_file(place / "model" / name) for place in (out, tmp_path / "one"))
     assert mine.keys() == theirs.keys()
     assert max(float((mine[leaf] - theirs[leaf]).abs().max()) for leaf in theirs) < 1e-4
+
+
+@pytest.mark.parametrize(("method", "parallel"), [("adamw", "ddp"), ("galore", "fsdp"), ("mezo", None)])
+def test_a_spike_takes_all_ranks_back(ranks2: Ranks, tmp_path: Path, method: str, parallel: str | None) -> None:
+    """F8: sequences 20 and 21 throw up the loss of step 11; all go back to step 8 and never see 16 to 21."""
+    more = {"rank": 8} if method == "galore" else {}
+    lr = {"adamw": 3e-3, "galore": 3e-2, "mezo": 1e-4}[method]
+    options = {
+        "steps": 14,
+        "batch": 2,
+        "checkpoint_every": 4,
+        "eval_every": 6,
+        "schedule": "constant",
+        "spike_memory": 5,
+        "lr": lr,
+    }
+    how_shared = {"parallel": parallel} if parallel else {"workers": "data"}
+    for name, how in (("run", {"spoilt": range(20, 22)}), ("never", {"gone": range(16, 22)})):
+        out = tmp_path / name
+        spike = 6.0 if name == "run" else None
+        made = config(out, method, **more, **options, spike=spike, **how_shared)
+        found = ranks2.run("work_train", "trained", job=made, out=str(out), **how)
+        assert [each.get("steps") for each in found] == [14, 14], found
+    back = [line for line in metrics.read(tmp_path / "run" / "metrics.jsonl") if line["event"] == "rollback"]
+    assert [(line["step"], line["spiked"], line["left_out"]) for line in back] == [(8, 11, [16, 22])]
+    assert losses(tmp_path / "run") == losses(tmp_path / "never")
+    assert far(tmp_path / "run", tmp_path / "never") == 0

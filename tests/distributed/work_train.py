@@ -16,9 +16,11 @@ from tare.methods import registry
 from tare.parallel import group, wrap
 from tare.train import loop, progress, session, spreading, step, workers
 from tare.train.config import MethodConfig, RunConfig, TrainConfig
+from tare.train.data import PackedDataset
 from tare.train.schedule import Schedule
 from tare.train.session import Session
 
+DATA = PackedDataset.batch
 VOCAB, WIDTH, SEQ = 31, 12, 9  # neither divides by two or three
 
 
@@ -175,12 +177,25 @@ def dealt(rank: int, size: int, items: int, in_step: bool) -> list[tuple[int, bo
         return [(item, counts) for _, item, counts in crew.dealt(range(items), in_step)]
 
 
+def other_data(spoilt: range, gone: range) -> Any:
+    """Batches in which the sequences `spoilt` are one rare token over and over, and those of `gone` have been taken out."""
+
+    def batch(self: PackedDataset, position: int, count: int) -> Tensor:
+        found = DATA(self, position + (len(gone) if gone and position >= gone.start else 0), count)
+        return torch.full_like(found, 7) if position in spoilt else found
+
+    return batch
+
+
 def trained(
-    rank: int, size: int, job: RunConfig, out: str, stop_at: int | None = None, stops: int = 0
-) -> dict[str, Any]:
-    """A whole run. stop_at: the step after which rank `stops` is asked to stop, as by SIGTERM."""
+    rank: int, size: int, job: RunConfig, out: str, stop_at: int | None = None, stops: int = 0, spoilt: range = range(0),
+    gone: range = range(0),
+) -> dict[str, Any]:  # fmt: skip
+    """A whole run. stop_at: the step after which rank `stops` is asked to stop, as by SIGTERM. spoilt, gone: see `other_data`."""
     import os
     import signal
+
+    PackedDataset.batch = other_data(spoilt, gone)  # type: ignore[method-assign]
 
     heard: list[str] = []
 
@@ -209,6 +224,7 @@ def trained(
         from tare.train import trainer
 
         trainer.take_step = step.take_step
+        PackedDataset.batch = DATA  # type: ignore[method-assign]
     found = {"loss": done.loss, "interrupted": done.interrupted, "steps": done.steps, "heard": heard}
     return {**found, "measured": done.measured, "predicted": done.predicted, "scores": done.scores}
 
