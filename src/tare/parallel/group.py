@@ -18,6 +18,7 @@ import torch
 from torch import distributed as dist
 
 from tare.core.errors import InputError
+from tare.parallel.meeting import meeting
 from tare.zeroth.exchange import Workers, WorkersFailed
 
 PATIENCE = timedelta(
@@ -261,7 +262,7 @@ def join(device: str = "auto") -> Iterator[Crew]:
         raise InputError("torchrun: this torch has no torch.distributed; start one process")
     if opens:
         apart = torch.cuda.is_available() and device in ("auto", "cuda")
-        dist.init_process_group("cpu:gloo,cuda:nccl" if apart else "gloo", timeout=DEADLINE)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if apart else "gloo", timeout=DEADLINE, **meeting(DEADLINE))
     control = _control
     if control is None:
         control = dist.new_group(backend="gloo", timeout=PATIENCE)

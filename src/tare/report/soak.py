@@ -5,6 +5,7 @@ of CPU time (so that what else the machine does counts for nothing). The verdict
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -128,13 +129,23 @@ def soak(
     }  # fmt: skip
 
 
+def _sizes(folder: Path) -> dict[Path, int]:
+    """Bytes of every file; of those that come and go meanwhile (a save beside the training) what there is."""
+    found = {}
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                found[Path(place) / name] = (Path(place) / name).stat().st_size
+    return found
+
+
 def look(folder: Path, seconds: float, step: int, tokens: int) -> Sample:
     """What this process holds now."""
     status = Path("/proc/self/status")
     if not status.exists():
         raise InputError("tare bench soak: reads /proc, which this system has not")
     facts = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
-    sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    sizes = _sizes(folder)
     log = sizes.pop(folder / "metrics.jsonl", 0) + sizes.pop(folder / "run.seeds", 0)
     each: dict[str, int] = {}
     for path, size in sizes.items():
