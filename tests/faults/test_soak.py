@@ -65,7 +65,7 @@ def test_the_command_trains_resumes_and_judges(tmp_path: Path) -> None:
                 "bench",
                 "soak",
                 "--minutes",
-                "0.3",
+                "1",
                 "--resumes",
                 "1",
                 "--every",
@@ -77,9 +77,9 @@ def test_the_command_trains_resumes_and_judges(tmp_path: Path) -> None:
         )
     found = json.loads((tmp_path / "a.json").read_text())
     assert code == (0 if found["steady"] else 1)
-    assert found["minutes"] == 0.3
+    assert found["minutes"] == 1
     assert found["resumes"] == 1
-    assert found["command"].startswith("tare bench soak --minutes 0.3")
+    assert found["command"].startswith("tare bench soak --minutes 1")
     assert all(row["holds"] for name, row in found["figures"].items() if name != "tokens_a_cpu_second"), out.getvalue()
 
 
