@@ -13,7 +13,7 @@ sys.path.append(str(Path(__file__).parent.parent / "train"))
 import task_models
 from train_runs import config
 
-from tare.train import loop, metrics
+from tare.train import checkpoint, loop, metrics
 from tare.train.adapters import AdapterConfig
 from tare.train.config import RunConfig
 
@@ -133,6 +133,19 @@ def test_answers_of_uneven_length_and_an_adapter(ranks2: Ranks, tmp_path: Path) 
     assert [each.get("steps") for each in found] == [4, 4], found
     assert found[0]["loss"] == pytest.approx(one.loss, abs=1e-5)
     assert found[0]["scores"] == found[1]["scores"] == one.scores
+
+    # Stopped, and gone on with by one process, from a checkpoint that holds the pieces of the adapter alone.
+    out = tmp_path / "half"
+    ranks2.run("work_train", "trained", job=cut, out=str(out), stop_at=2, stops=1)
+    saved = checkpoint.load_latest(out / "checkpoints")
+    assert saved is not None
+    assert saved.content.sharded
+    assert saved.weights
+    assert all("lora_" in name for name in saved.weights)
+    assert saved.content.manifest["base"]["model"] == folder
+    again = loop.train(replace(ready, run=replace(ready.run, out=str(out), resume=True)))
+    assert again.loss == pytest.approx(one.loss, abs=1e-5)
+    assert again.scores == one.scores
     assert losses(out) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
     name = "adapter_model.safetensors"
     mine, theirs = (load_file(place / "model" / name) for place in (out, tmp_path / "one"))

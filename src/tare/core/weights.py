@@ -47,6 +47,8 @@ def quantize_weights_(
         chosen.append(name)
         if not isinstance(p, Int8Weight):
             replaced[p] = nn.Parameter(Int8Weight.encode(p, group, zero), requires_grad=p.requires_grad)
+            if was_read(p):
+                mark_read(replaced[p])
     if not chosen:
         raise InputError(
             f"targets: {wanted!r} matches no parameter of {type(model).__name__}; give roles or globs on names"
@@ -69,6 +71,16 @@ def _replace(model: nn.Module, new: dict[Tensor, nn.Parameter]) -> None:
         for name, p in module._parameters.items():
             if p is not None and p in new:
                 module._parameters[name] = new[p]
+
+
+def mark_read(p: nn.Parameter) -> None:
+    """Note on a parameter that its values come from a file, so that they need not be kept elsewhere while it is frozen."""
+    p._tare_read = True  # type: ignore[attr-defined]
+
+
+def was_read(p: Tensor) -> bool:
+    """Whether `mark_read` was called on it."""
+    return bool(getattr(p, "_tare_read", False))
 
 
 def plain_parts(name: str, tensor: Tensor) -> dict[str, Tensor]:

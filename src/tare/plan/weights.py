@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from tare.core.errors import InputError
+from tare.core.weights import mark_read
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -64,7 +65,8 @@ def load_pretrained(
     except Exception as fault:  # of safetensors, or whatever transformers makes of a value in config.json
         raise InputError(f"{folder}: the weights cannot be read: {one_line(fault)}") from fault
     model, info = loaded
-    if missing := sorted(name for name in info.get("missing_keys") or () if not _drawn(name, fresh)):
+    drawn = set(info.get("missing_keys") or ())
+    if missing := sorted(name for name in drawn if not _drawn(name, fresh)):
         raise InputError(f"{folder}: missing weight {missing[0]}: the files do not match config.json")
     if other := sorted(info.get("mismatched_keys") or (), key=str):
         name, *shapes = (other[0],) if isinstance(other[0], str) else other[0]
@@ -75,6 +77,8 @@ def load_pretrained(
     for name, weight in model.named_parameters():
         if not bool(weight.isfinite().all()):
             raise InputError(f"{folder}: weight {name} holds NaN or infinite values")
+        if name not in drawn:
+            mark_read(weight)
     return model
 
 

@@ -7,7 +7,7 @@ cut across ranks writes them in pieces (`train.sharded`); what is read back here
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from tare.core.errors import CheckpointError
 from tare.core.shard.layout import local
 from tare.core.weights import plain_parts
 from tare.train import integrity, tensorfile
+from tare.train.base import Base, left_out
 from tare.train.stored import OPTIMIZER, TENSORS, TRAINER, WEIGHTS, Content, open_content
 from tare.train.trees import flatten
 
@@ -76,7 +77,7 @@ def prepare(
     Args:
         folder: the run's `checkpoints/`; made if missing, but not its parent.
         step: number of finished steps.
-        weights: name -> tensor, each storage once.
+        weights: name -> tensor, each storage once; where it is not all of a model's, `facts` has those of the base that is left out.
         optimizer: `optimizer.state_dict()`: tensors of any dtype, numbers, texts, None, lists, tuples, dicts.
         trainer: the rest, of the same plain values.
         facts: stated in the manifest; `eval_loss` there decides which checkpoint is the best.
@@ -204,25 +205,41 @@ def load(path: Path, step: int, skipped: tuple[str, ...] = (), part: int = 0, pa
     return Snapshot(step, open_content(path, manifest, part, parts), skipped)
 
 
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and saved buffer of a model by name, tied ones once; of an int8 weight its codes and scales."""
+def weights_of(model: nn.Module, without: Collection[str] = ()) -> dict[str, Tensor]:
+    """Every parameter and saved buffer of a model by name, tied ones once; of an int8 weight its codes and scales.
+
+    without: names that are left out.
+    """
     saved = set(model.state_dict(keep_vars=True))
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
     named = [*model.named_parameters(), *buffers.items()]
-    return {part: inner.detach() for name, tensor in named for part, inner in plain_parts(name, tensor).items()}
+    found = {part: inner.detach() for name, tensor in named for part, inner in plain_parts(name, tensor).items()}
+    return {name: tensor for name, tensor in found.items() if name not in without}
 
 
-def held_weights(model: nn.Module) -> dict[str, Tensor]:
+def held_weights(model: nn.Module, without: Collection[str] = ()) -> dict[str, Tensor]:
     """The same, as far as this process has them: of weights that are cut its rows."""
-    return {name: local(tensor) for name, tensor in weights_of(model).items()}
+    return {name: local(tensor) for name, tensor in weights_of(model, without).items()}
 
 
-def restore_weights(model: nn.Module, snapshot: Snapshot) -> None:
-    """Copy the weights into the model, in place. Raises `CheckpointError` unless names, shapes and dtypes are the same."""
-    own = weights_of(model)
-    check_weights(own, snapshot.content)
+def restore_weights(model: nn.Module, snapshot: Snapshot, base: Base | None = None) -> None:
+    """Copy the weights into the model, in place.
+
+    base: of the model, where the checkpoint may leave it out. Raises `CheckpointError` unless names, shapes and dtypes are the same.
+    """
+    own = wanted(model, snapshot.content, base)
     for name, tensor in own.items():
         tensor.copy_(snapshot.content.weights[name].whole())
+
+
+def wanted(model: nn.Module, content: Content, base: Base | None) -> dict[str, Tensor]:
+    """The weights of a model that a checkpoint is to fill. Raises `CheckpointError` where it holds others."""
+    try:
+        own = weights_of(model, left_out(content.manifest, base))
+    except CheckpointError as fault:
+        raise CheckpointError(f"{content.folder}: {fault}") from fault
+    check_weights(own, content)
+    return own
 
 
 def check_weights(own: dict[str, Tensor], content: Content) -> None:

@@ -195,6 +195,6 @@ def _model(snapshot: Snapshot, out: Path) -> None:
 
     config = config_of(snapshot)
     job = session.build(replace(config, run=replace(config.run, device="cpu")), {})
-    checkpoint.restore_weights(job.model, snapshot)
+    checkpoint.restore_weights(job.model, snapshot, job.base)
     with integrity.appearing(out) as place:
         session.save_model(job, place)

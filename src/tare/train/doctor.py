@@ -10,6 +10,7 @@ from typing import Any, Literal
 from tare.core.errors import CheckpointError, InputError
 from tare.plan.budget import format_bytes
 from tare.train import checkpoint, integrity, metrics, run, seedlog
+from tare.train.base import KEY as BASE
 from tare.train.checkpoint import Snapshot
 from tare.train.config import RunConfig
 from tare.train.tensorfile import TensorFile
@@ -149,7 +150,19 @@ def _checkpoints(folder: Path, say: Any) -> tuple[list[Snapshot], bool]:
             )
         )
         intact.append(snapshot)
+    if intact and (said := intact[0].content.manifest.get(BASE)) is not None:
+        say(_base(said))
     return intact, bool(listed)
+
+
+def _base(said: Any) -> Finding:
+    """What the newest checkpoint stands on."""
+    name = str(said.get("model")) if isinstance(said, dict) else "?"
+    there = (Path(name).expanduser() / "config.json").is_file()
+    text = f"the checkpoints hold what is trained, and stand on the weights of {name}"
+    return Finding(
+        "base", "note" if there else "damaged", text + ("" if there else ", which is not there: put it back")
+    )
 
 
 def _log(folder: Path, newest: Snapshot | None, any_there: bool) -> Iterator[Finding]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tare.core.errors import CheckpointError
 from tare.train import checkpoint, sharded
+from tare.train.base import Base
 from tare.train.machine import memory_of
 
 Mode = Literal["auto", "always", "never"]
@@ -31,10 +32,20 @@ class Saver:
         model, optimizer: what is saved.
         keep: as of `checkpoint.prepare`.
         background: write beside the training. Costs a copy of weights and state in the memory of the host.
+        base: weights that are left out, and named.
     """
 
-    def __init__(self, folder: Path, model: nn.Module, optimizer: Any, keep: int = 2, background: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        model: nn.Module,
+        optimizer: Any,
+        keep: int = 2,
+        background: bool = True,
+        base: Base | None = None,
+    ) -> None:
         self.folder, self.model, self.optimizer, self.keep, self.background = folder, model, optimizer, keep, background
+        self.base = base
         self.sharded = sharded.is_sharded(model)
         self._buffers: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -63,10 +74,11 @@ class Saver:
         if self.sharded:
             write = sharded.prepare(
                 self.folder, step, model=self.model, optimizer=self.optimizer, trainer=trainer, facts=facts, keep=self.keep,
-                group=self._own_group(), stage=stage,
+                group=self._own_group(), stage=stage, base=self.base,
             )  # fmt: skip
         else:
-            weights, state = checkpoint.weights_of(self.model), self.optimizer.state_dict()
+            weights = checkpoint.weights_of(self.model, self.base.names if self.base else ())
+            state, facts = self.optimizer.state_dict(), {**(facts or {}), **(self.base.facts if self.base else {})}
             state = state if exchange is None else {**state, "exchange": exchange}
             write = checkpoint.prepare(
                 self.folder, step, weights=weights, optimizer=state, trainer=trainer, facts=facts, keep=self.keep, stage=stage

@@ -25,6 +25,7 @@ from tare.plan.resolve import Choice
 from tare.plan.resolve import resolve as resolve_method
 from tare.train import adapters, compressing, machine, sharded, spreading
 from tare.train.bars import no_bars
+from tare.train.base import Base, base_of
 from tare.train.checkpoint import Snapshot, restore_weights
 from tare.train.config import RunConfig
 from tare.train.quantize import Quantization, check_methods, dense_state, planned
@@ -61,6 +62,7 @@ class Session:
     spread: Spread = field(
         default_factory=lambda: Spread(nn.Identity())
     )  # how the model lies over the crew; `build` says
+    base: Base | None = None  # frozen weights that were read, which checkpoints leave out
 
     @property
     def forward_only(self) -> bool:
@@ -120,6 +122,7 @@ def build(
         enable_checkpointing(model)
     # Dropout would add noise to the differences that forward-only methods live on.
     model.train(registry.card(config.method.key).kind == "gradient")
+    base = base_of(model, config.model.name)
     spread = spreading.before(config, model, crew, device)
     optimizer = build_optimizer(config, model)
     attach(crew, config, optimizer)
@@ -129,7 +132,19 @@ def build(
         corpus = open_corpus(config.data, model.config.vocab_size, config.model.tokenizer, progress)  # type: ignore[union-attr, arg-type]
         order = corpus.dataset(config.run.seed, config.train.batch)
     job = Session(
-        config, device, model, corpus, order, optimizer, Schedule.of(config.train), [], predicted, task, crew, spread
+        config,
+        device,
+        model,
+        corpus,
+        order,
+        optimizer,
+        Schedule.of(config.train),
+        [],
+        predicted,
+        task,
+        crew,
+        spread,
+        base,
     )
     spreading.after(job)
     gemm.decided()  # settled now, not inside the first step, whose memory and time are measured
@@ -361,9 +376,9 @@ def restore(session: Session, snapshot: Snapshot) -> list[str]:
     own_decay = [group.get("weight_decay") for group in session.optimizer.param_groups]
     try:
         if session.spread.form == "fsdp":
-            sharded.restore(session.model, session.optimizer, snapshot)
+            sharded.restore(session.model, session.optimizer, snapshot, session.base)
         else:
-            restore_weights(session.model, snapshot)
+            restore_weights(session.model, snapshot, session.base)
             session.optimizer.load_state_dict(snapshot.optimizer)
     except CheckpointError as fault:
         raise CheckpointError(f"{snapshot.folder}: {fault}") from fault

@@ -20,6 +20,7 @@ from tare.core.errors import CheckpointError
 from tare.core.optimizer import Optimizer
 from tare.core.shard import layout
 from tare.train import checkpoint, integrity, tensorfile
+from tare.train.base import Base
 from tare.train.checkpoint import Snapshot, Stage
 from tare.train.stored import OPTIMIZER, TRAINER, Stored
 from tare.train.trees import flatten
@@ -46,6 +47,7 @@ def prepare(
     keep: int = 2,
     group: Any = None,
     stage: Stage | None = None,
+    base: Base | None = None,
 ) -> Callable[[], Path]:
     """Take down this rank's part of a checkpoint; the function returned writes it, on whichever thread, on all ranks together.
 
@@ -57,6 +59,7 @@ def prepare(
         facts, keep: as of `checkpoint.prepare`; of the first rank.
         group: for what ranks have to tell each other; a writer in the background needs one of its own (gloo). None: the default one.
         stage: as of `checkpoint.prepare`.
+        base: weights that are left out, and named.
 
     Raises:
         CheckpointError: no space, not writable, ranks that disagree on plain state. On every rank, from the function.
@@ -68,7 +71,8 @@ def prepare(
     rest, extra = flatten(trainer)
     if extra:
         raise TypeError(f"trainer state holds tensors: {', '.join(extra)}; give lists")
-    parts = {WEIGHTS_PART: checkpoint.weights_of(model), STATE_PART: state}
+    facts = {**(facts or {}), **(base.facts if base else {})}
+    parts = {WEIGHTS_PART: checkpoint.weights_of(model, base.names if base else ()), STATE_PART: state}
     cuts = {f"{part}/{name}": Cut.of(t) for part, tensors in parts.items() for name, t in tensors.items()}
     tensorfile.check({name: cut.local for name, cut in cuts.items()})
     if stage is not None:
@@ -170,27 +174,28 @@ def load_latest(folder: Path, group: Any = None) -> Snapshot | None:
 
 
 @torch.no_grad()
-def restore(model: nn.Module, optimizer: Any, snapshot: Snapshot) -> None:
+def restore(model: nn.Module, optimizer: Any, snapshot: Snapshot, base: Base | None = None) -> None:
     """Put a checkpoint of either kind into a model and an optimizer, plain ones or cut across ranks. No rank waits for another.
+
+    base: as of `checkpoint.restore_weights`.
 
     Raises `CheckpointError` where they do not belong together; the model is untouched unless reading itself fails.
     """
-    restore_model(model, snapshot)
+    restore_model(model, snapshot, base)
     restore_optimizer(model, optimizer, snapshot)
 
 
 @torch.no_grad()
-def restore_model(model: nn.Module, snapshot: Snapshot) -> None:
+def restore_model(model: nn.Module, snapshot: Snapshot, base: Base | None = None) -> None:
     """The weights alone."""
     from torch.distributed import checkpoint as stock
 
     from tare.train.dcp import WEIGHTS_PART, Reader
 
     if not is_sharded(model):
-        checkpoint.restore_weights(model, snapshot)
+        checkpoint.restore_weights(model, snapshot, base)
         return
-    own = checkpoint.weights_of(model)
-    checkpoint.check_weights(own, snapshot.content)
+    own = checkpoint.wanted(model, snapshot.content, base)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no rank needs another for this
         stock.load(dict(own), storage_reader=Reader(snapshot.content, WEIGHTS_PART), no_dist=True)

@@ -93,9 +93,10 @@ class Trainer:
         self._sent = job.crew.bytes_sent  # up to the last step
         self._backs = 0  # to the last checkpoint
         own = job.config.run
-        copy = checkpoint.nbytes(checkpoint.held_weights(job.model)) + int(job.optimizer.state_bytes())
+        left_out = job.base.names if job.base else ()
+        copy = checkpoint.nbytes(checkpoint.held_weights(job.model, left_out)) + int(job.optimizer.state_bytes())
         background = in_background(own.checkpoint_async, job.device, own.budget, copy)
-        self.saver = Saver(folder.checkpoints, job.model, job.optimizer, own.keep, background)
+        self.saver = Saver(folder.checkpoints, job.model, job.optimizer, own.keep, background, job.base)
         self.seeds: RunLog | None = None
         self.log: Metrics | Silent
 
