@@ -1,5 +1,6 @@
 """The corpus: a split without leakage, made once, made anew when the data changes, and refused in one line."""
 
+import json
 import subprocess
 import sys
 import warnings
@@ -168,6 +169,37 @@ def test_nothing_half_done_stays_after_a_bad_line(at: Path) -> None:
     with pytest.raises(InputError, match=r"bad.jsonl:2: malformed JSON"):
         open_corpus(config("bad.jsonl"), 400)
     assert [path.suffix for path in (at / "cache").rglob("*") if path.is_file()] == [".lock"]
+
+
+def test_so_many_bad_rows_are_left_out_and_told(at: Path) -> None:
+    good = [json.dumps({"text": f"the film number {n} is fine and its plot is dull"}) for n in range(400)]
+    Path("good.jsonl").write_text("\n".join(good))
+    bad = ['{"text": ', "[1]", '{"text": 3}', '{"txt": "x"}', '{"text": "\\ud800"}']
+    Path("bad.jsonl").write_text("\n".join([*good[:7], bad[0], *good[7:200], *bad[1:], *good[200:]]))
+    told = r"5 rows of 'bad.jsonl' left out \(data.bad_rows 5\), first data: bad.jsonl:8: malformed JSON"
+    for _ in range(2):  # tokenized, and found again
+        with pytest.warns(UserWarning, match=told):
+            found = open_corpus(config("bad.jsonl", bad_rows=5), 400)
+        assert found.facts["bad_rows"] == 5
+    whole = open_corpus(config("good.jsonl"), 400)
+    assert np.array_equal(found.train, whole.train)
+    assert np.array_equal(found.eval, whole.eval)
+    for allowed, line in ((4, 205), (1, 202), (0, 8)):
+        with pytest.raises(InputError, match=rf"bad.jsonl:{line}: ") as fault:
+            open_corpus(config("bad.jsonl", bad_rows=allowed), 400)
+        assert (f"data.bad_rows allows {allowed}" in str(fault.value)) == (allowed > 0)
+
+
+def test_bad_rows_of_parquet(at: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    texts = [None if n in (3, 90) else f"the film number {n} is fine and its plot is dull" for n in range(400)]
+    parquet.write_table(pyarrow.table({"text": texts}), "rows.parquet")
+    with pytest.warns(UserWarning, match=r"2 rows of 'rows.parquet' left out .*: row 4: column 'text' holds NoneType"):
+        open_corpus(config("rows.parquet", bad_rows=2), 400)
+    with pytest.raises(InputError, match=r"row 91: .*data.bad_rows allows 1"):
+        open_corpus(config("rows.parquet", bad_rows=1), 400)
 
 
 def test_importing_is_light() -> None:

@@ -159,7 +159,7 @@ def test_every_setting_has_a_class_of_change() -> None:
 
 OTHER: dict[str, Any] = {
     "model.name": "llama-9m", "model.tokenizer": "x", "model.checkpointing": True, "data.source": "x", "data.eval_source": "x",
-    "data.text_column": "x", "data.seq": 64, "data.eval_fraction": 0.5, "data.eval_tokens": 5, "method.key": "lion",
+    "data.text_column": "x", "data.bad_rows": 3, "data.seq": 64, "data.eval_fraction": 0.5, "data.eval_tokens": 5, "method.key": "lion",
     "method.lr": 0.5, "method.rank": 5, "method.weight_decay": 0.5, "method.release": True, "method.options": {"eps": 0.1},
     "method.storage": {"moment": "bf16"}, "train.steps": 20, "train.batch": 3, "train.accumulate": 2,
     "train.schedule": "constant", "train.warmup": 2.0, "train.final_lr_ratio": 0.5, "train.clip": None,

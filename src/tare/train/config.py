@@ -46,6 +46,9 @@ class DataConfig(Section):
     source: str = setting("stdlib", '"stdlib", a text file or folder, .jsonl, .parquet, or a hub name')
     eval_source: str | None = setting(None, "evaluation data; none = documents held out of the source")
     text_column: str = setting("text", "the column that holds the text in .jsonl, .parquet and hub data")
+    bad_rows: int = setting(
+        0, "rows of .jsonl, .parquet and hub data that may be left out because they cannot be read", low=0
+    )
     seq: int = setting(128, "tokens per sequence", low=2)
     eval_fraction: float = setting(0.02, "share of tokens held out when there is no eval_source", above=0, below=1)
     eval_tokens: int = setting(32_768, "tokens evaluated each time", low=1)

@@ -206,20 +206,38 @@ def open_corpus(
     if held and (prints[0] == prints[1] or _inside(held, source)):
         warnings.warn(f"data: evaluation reads training data ({data.eval_source!r}): its loss flatters", stacklevel=2)
     if tokenizer is None:
-        made = trained_tokenizer(source, data.text_column, vocab_size, prints[0], progress)
+        made = trained_tokenizer(source, data.text_column, vocab_size, prints[0], progress, data.bad_rows)
     else:
         made = load_tokenizer(tokenizer, vocab_size)
     check_fits(made, vocab_size, tokenizer or data.source)
     mark = tokenizer_hash(made)
 
     def tokens_of(found: sources.Source, fingerprint: str, fraction: float) -> tuple[Path, dict[str, Any]]:
+        spare = sources.Spare(data.bad_rows)
+
         def build(folder: Path) -> None:
-            write_tokens(sources.documents(found, data.text_column), made, folder, fraction, found.given, progress)
+            write_tokens(
+                sources.documents(found, data.text_column, spare), made, folder, fraction, found.given, progress
+            )
+            if spare.taken:
+                facts = json.loads((folder / "facts.json").read_bytes())
+                (folder / "facts.json").write_text(
+                    json.dumps(facts | {"bad_rows": spare.taken, "first_bad_row": spare.first})
+                )
             if sources.fingerprint(found, data.text_column) != fingerprint:
                 raise InputError(f"data: {found.given!r} was changed while it was read; start again when it is at rest")
 
-        folder = cache.entry("tokens", cache.key_of("tokens", 1, fingerprint, mark, fraction), build)
-        return folder, json.loads((folder / "facts.json").read_bytes())
+        allowed = (
+            (data.bad_rows,) if data.bad_rows else ()
+        )  # what is kept with rows left out is not found where none may be
+        folder = cache.entry("tokens", cache.key_of("tokens", 1, fingerprint, mark, fraction, *allowed), build)
+        facts = json.loads((folder / "facts.json").read_bytes())
+        if left := facts.get("bad_rows"):
+            rows = f"{left} row{'s' if left > 1 else ''} of {found.given!r}"
+            warnings.warn(
+                f"data: {rows} left out (data.bad_rows {data.bad_rows}), first {facts['first_bad_row']}", stacklevel=3
+            )
+        return folder, facts
 
     folder, facts = tokens_of(source, prints[0], 0.0 if held else data.eval_fraction)
     facts |= {"source": data.source, "eval_source": data.eval_source, "tokenizer_ids": id_count(made)}

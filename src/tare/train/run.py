@@ -47,7 +47,7 @@ CHANGES: dict[str, Change] = {
     **dict.fromkeys(("model.quantize", "train.match", "adapter.kind", "adapter.rank", "adapter.alpha"), "refuse"),
     **dict.fromkeys(("adapter.targets", "adapter.tokens"), "refuse"),
     **dict.fromkeys(("adapter.dropout",), "warn"),
-    **dict.fromkeys(("adapter.merge",), "free"),
+    **dict.fromkeys(("adapter.merge", "data.bad_rows"), "free"),
     **dict.fromkeys(("task.template", "task.words", "task.label_column", "task.shots"), "refuse"),
     **dict.fromkeys(("task.objective", "task.eval_examples"), "warn"),
 }

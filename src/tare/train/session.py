@@ -211,6 +211,10 @@ def check_task(config: RunConfig) -> None:
             raise InputError(
                 f"model.kind: text is learned by causal models, not {config.model.kind}; set task.name (--task)"
             )
+    elif config.data.bad_rows:
+        raise InputError(
+            "data.bad_rows: is for text; of the rows of a task every one is needed: repair or delete what is bad"
+        )
     if task.name == "choice" and task.objective == "f1":
         raise InputError("task.objective: f1 is for classify; the answers of a choice are no classes: use accuracy")
     if task.name == "choice" and task.words:

@@ -51,6 +51,25 @@ class Source:
     lenient: bool = False  # stdlib: a file that cannot be decoded is left out
 
 
+@dataclass
+class Spare:
+    """How many bad rows may be left out, how many were, and what was wrong with the first."""
+
+    limit: int = 0
+    taken: int = 0
+    first: str | None = None
+
+    def take(self, fault: InputError) -> None:
+        """Leave a row out. Raises `InputError` where that would be one too many."""
+        if self.taken >= self.limit:
+            raise (
+                InputError(f"{fault} (data.bad_rows allows {self.limit}, which were left out before)")
+                if self.limit
+                else fault
+            )
+        self.taken, self.first = self.taken + 1, self.first or str(fault)
+
+
 def find(source: str) -> Source:
     """Decide what `source` names; `InputError` if nothing is there to read. An existing path wins over a hub name."""
     path, owner = Path(os.path.expanduser(source)), source.split("/")[0]
@@ -72,11 +91,13 @@ def find(source: str) -> Source:
     return Source(source, hub=(hub[1], hub[2] or None, hub[3] or "train"))
 
 
-def documents(source: str | Source, text_column: str = "text") -> Iterator[Document]:
+def documents(source: str | Source, text_column: str = "text", spare: Spare | None = None) -> Iterator[Document]:
     """The documents of a source, always in the same order; blank ones are left out.
 
     A text file is one document; one longer than `PIECE` (less where the whole source is small, so that something can be
     held out) is cut at line ends. A row of JSON lines, Parquet or a hub data set is one document: its `text_column`.
+
+    spare: bad rows that are left out, and counted, instead; a file that is no text at all, or cut off, never is.
 
     Raises `InputError` at once for a source that is not there, and while reading at the first bad file, line or row.
 
@@ -85,10 +106,12 @@ def documents(source: str | Source, text_column: str = "text") -> Iterator[Docum
     """
     found = source if isinstance(source, Source) else find(source)
     if not found.hub:
-        return _not_blank(_file_rows(found, text_column), found.given)
+        return _not_blank(_file_rows(found, text_column, spare or Spare()), found.given)
     name, config, split = found.hub
     what = {"path": name, "name": config, "split": split, "revision": _hub_commit(name, remembered=False)}
-    return _not_blank(_streamed(name, text_column, f"hub data set {name!r}", HUB_BYTES, **what), found.given)
+    return _not_blank(
+        _streamed(name, text_column, f"hub data set {name!r}", HUB_BYTES, spare or Spare(), **what), found.given
+    )
 
 
 def fingerprint(source: str | Source, text_column: str = "text") -> str:
@@ -139,18 +162,21 @@ def _not_blank(rows: Iterator[Document], given: str) -> Iterator[Document]:
     yield from full
 
 
-def _file_rows(found: Source, column: str) -> Iterator[Document]:
+def _file_rows(found: Source, column: str, spare: Spare) -> Iterator[Document]:
     total = sum(os.path.getsize(path) for _, path in found.files if file_kind(path) not in _ROWS)
     piece = min(max(total // 32, PIECE // 32), PIECE)
     for name, path in found.files:
         if file_kind(path) == ".parquet":
-            yield from _streamed(name, column, f"{path}", math.inf, path="parquet", data_files=f"{path}", split="train")
+            what = {"path": "parquet", "data_files": f"{path}", "split": "train"}
+            yield from _streamed(name, column, f"{path}", math.inf, spare, **what)
             continue
         try:
             with open_file(path) as file:
                 reader = io.TextIOWrapper(file, encoding="utf-8-sig")  # takes off a BOM and makes CRLF one newline
                 rows = (
-                    _json_lines(reader, path, name, column) if file_kind(path) in _ROWS else _text(reader, name, piece)
+                    _json_lines(reader, path, name, column, spare)
+                    if file_kind(path) in _ROWS
+                    else _text(reader, name, piece)
                 )
                 yield from rows
         except UnicodeDecodeError as error:
@@ -173,11 +199,12 @@ def _text(reader: io.TextIOWrapper, name: str, piece: int) -> Iterator[Document]
     yield Document(f"{name}#{cuts}" if cuts else name, kept)
 
 
-def json_rows(reader: Iterable[str], path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def json_rows(reader: Iterable[str], path: Path, spare: Spare | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of JSON lines, each with the number of its line; blank lines are passed over.
 
-    Raises `InputError`, naming file and line, for one that is no JSON object.
+    Raises `InputError`, naming file and line, for one that is no JSON object, unless `spare` takes it.
     """
+    spare = spare or Spare()
     for number, line in enumerate(reader, 1):
         if line.isspace():
             continue
@@ -186,20 +213,22 @@ def json_rows(reader: Iterable[str], path: Path) -> Iterator[tuple[int, dict[str
         except (ValueError, RecursionError) as error:
             if "\0" in line:
                 raise _not_text(path) from error
-            what = f"malformed JSON ({error_line(error)})"
-            raise InputError(f"data: {path}:{number}: {what}; every line must be one JSON object") from error
-        if not isinstance(row, dict):
+            row, what = None, f"malformed JSON ({error_line(error)})"
+        else:
             what = f"a JSON {type(row).__name__}, not an object"
-            raise InputError(f"data: {path}:{number}: {what}; every line must be one JSON object")
-        yield number, row
+        if isinstance(row, dict):
+            yield number, row
+        else:
+            spare.take(InputError(f"data: {path}:{number}: {what}; every line must be one JSON object"))
 
 
-def _json_lines(reader: io.TextIOWrapper, path: Path, name: str, column: str) -> Iterator[Document]:
-    for number, row in json_rows(reader, path):
-        yield Document(f"{name}:{number}", _cell(row, column, f"{path}:{number}"))
+def _json_lines(reader: io.TextIOWrapper, path: Path, name: str, column: str, spare: Spare) -> Iterator[Document]:
+    for number, row in json_rows(reader, path, spare):
+        if (text := _cell(row, column, f"{path}:{number}", spare)) is not None:
+            yield Document(f"{name}:{number}", text)
 
 
-def _streamed(file: str, column: str, where: str, limit: float, /, **what: Any) -> Iterator[Document]:
+def _streamed(file: str, column: str, where: str, limit: float, spare: Spare, /, **what: Any) -> Iterator[Document]:
     """Rows of Parquet or of the hub, through `datasets`, until they hold `limit` characters."""
     import datasets
 
@@ -210,8 +239,9 @@ def _streamed(file: str, column: str, where: str, limit: float, /, **what: Any) 
         for number, row in enumerate(rows, 1):
             if limit <= 0:
                 return
-            yield Document(f"{file}:{number}", text := _cell(row, column, f"{where}: row {number}"))
-            limit -= len(text)
+            if (text := _cell(row, column, f"{where}: row {number}", spare)) is not None:
+                yield Document(f"{file}:{number}", text)
+                limit -= len(text)
     except InputError:
         raise
     except Exception as error:  # of pyarrow, datasets, fsspec or the network: whichever reads the bytes
@@ -234,8 +264,8 @@ def _hub_commit(name: str, remembered: bool = True) -> str:
         raise InputError(f"{what}; check spelling and network; allowed: {ALLOWED}") from error
 
 
-def _cell(row: dict[str, Any], column: str, where: str) -> str:
-    """The text of a row, or the `InputError` that says what is wrong with it."""
+def _cell(row: dict[str, Any], column: str, where: str, spare: Spare) -> str | None:
+    """The text of a row; the `InputError` that says what is wrong with it, or None where it is spared."""
     if column not in row:
         problem = f"no column {column!r}; present: {', '.join(map(str, row))}; set data.text_column"
     elif not isinstance(text := row[column], str):
@@ -244,7 +274,8 @@ def _cell(row: dict[str, Any], column: str, where: str) -> str:
         problem = f"column {column!r} holds half of a surrogate pair, which has no UTF-8 form; repair the row"
     else:
         return text
-    raise InputError(f"data: {where}: {problem}")
+    spare.take(InputError(f"data: {where}: {problem}"))
+    return None
 
 
 def _not_text(path: Path) -> InputError:

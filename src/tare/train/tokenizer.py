@@ -81,14 +81,19 @@ def text_hash(text: str) -> int:
 
 
 def trained_tokenizer(
-    source: sources.Source, text_column: str, vocab_size: int, fingerprint: str, progress: Progress | None = None
+    source: sources.Source,
+    text_column: str,
+    vocab_size: int,
+    fingerprint: str,
+    progress: Progress | None = None,
+    bad_rows: int = 0,
 ) -> "PreTrainedTokenizerFast":
     """The BPE of a source, trained once per (content of the source, vocabulary size) and kept in the cache."""
 
     def build(folder: Path) -> None:
         if progress:
             progress(f"training a tokenizer of {vocab_size} ids on {source.given}")
-        bpe = train_bpe(sample(sources.documents(source, text_column)), vocab_size)
+        bpe = train_bpe(sample(sources.documents(source, text_column, sources.Spare(bad_rows))), vocab_size)
         (folder / "tokenizer.json").write_text(bpe.to_str(), encoding="utf-8")
 
     key = cache.key_of("bpe", 1, fingerprint, vocab_size, SAMPLE_BYTES)
