@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,3 +26,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     os.environ["TARE_CACHE"] = str(folder)
     yield folder
     del os.environ["TARE_CACHE"]
+
+
+@pytest.fixture
+def tally(record_property: Callable[[str, object], None]) -> Callable[[str, int], None]:
+    """Notes how many kills, changed bytes or payloads a test went through; `bench/faults.py` adds them up."""
+    return lambda what, count: record_property(f"tally {what}", count)

@@ -128,7 +128,9 @@ FILES = (
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_flipped_cut_or_missing_file_is_named_and_the_older_one_used(name: str, pair: Path, tmp_path: Path) -> None:
+def test_a_flipped_cut_or_missing_file_is_named_and_the_older_one_used(
+    name: str, pair: Path, tmp_path: Path, tally: Any
+) -> None:
     shutil.copytree(pair, tmp_path / "c")
     file = tmp_path / "c" / "step-4" / name
     good = file.read_bytes()
@@ -145,6 +147,7 @@ def test_a_flipped_cut_or_missing_file_is_named_and_the_older_one_used(name: str
         bad[position] ^= 0x21
         file.write_bytes(bad)
         told("damaged")
+        tally("changed bytes, found", 1)
     for share in (0.0, 0.5, 0.99):
         file.write_bytes(good[: int(len(good) * share)])
         told("damaged")

@@ -71,7 +71,9 @@ def files_of(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def test_a_pickle_in_the_place_of_any_file_of_a_run_never_runs(done: Path, canary: Any, tmp_path: Path) -> None:
+def test_a_pickle_in_the_place_of_any_file_of_a_run_never_runs(
+    done: Path, canary: Any, tmp_path: Path, tally: Any
+) -> None:
     names = files_of(done)
     assert {"config.yaml", "metrics.jsonl", "model/model.safetensors", "checkpoints/step-4/manifest.json"} <= set(names)
     for number, name in enumerate(names):
@@ -84,9 +86,12 @@ def test_a_pickle_in_the_place_of_any_file_of_a_run_never_runs(done: Path, canar
             assert said.count("\n") == 1, said
             assert Path(name).name in said, said
         shutil.rmtree(out)
+        tally("payloads, none run", 1)
 
 
-def test_a_pickle_in_the_place_of_any_file_of_a_model_never_runs(done: Path, canary: Any, tmp_path: Path) -> None:
+def test_a_pickle_in_the_place_of_any_file_of_a_model_never_runs(
+    done: Path, canary: Any, tmp_path: Path, tally: Any
+) -> None:
     for number, name in enumerate(files_of(done / "model")):
         folder = tmp_path / str(number)
         shutil.copytree(done / "model", folder)
@@ -96,6 +101,7 @@ def test_a_pickle_in_the_place_of_any_file_of_a_model_never_runs(done: Path, can
         assert (code == 0) == (name in ("generation_config.json",)), f"{name}: {said}"
         assert "fault:" not in said
         shutil.rmtree(folder)
+        tally("payloads, none run", 1)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "model.safetensors"])

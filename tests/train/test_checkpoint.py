@@ -120,7 +120,7 @@ def positions(size: int) -> list[int]:
 @pytest.mark.parametrize(
     "name", [*(checkpoint.WEIGHTS, checkpoint.TENSORS, checkpoint.OPTIMIZER, checkpoint.TRAINER), "manifest.json"]
 )
-def test_a_flipped_byte_in_any_file_is_found_and_the_older_one_is_used(name: str, tmp_path: Path) -> None:
+def test_a_flipped_byte_in_any_file_is_found_and_the_older_one_is_used(name: str, tmp_path: Path, tally: Any) -> None:
     save(tmp_path, 3)
     file = save(tmp_path, 6) / name
     good = file.read_bytes()
@@ -135,6 +135,7 @@ def test_a_flipped_byte_in_any_file_is_found_and_the_older_one_is_used(name: str
             assert len(snapshot.skipped) == 1
             assert f"step-6/{name}: damaged" in snapshot.skipped[0]
             assert "\n" not in snapshot.skipped[0]
+            tally("changed bytes, found", 1)
     file.write_bytes(good)
     assert checkpoint.load(file.parent, 6).skipped == ()
 

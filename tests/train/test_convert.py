@@ -102,7 +102,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
         ([str(saved), "--to", "onnx", "--out", out], "--to: expected one of single, sharded, model, got 'onnx'"),
         ([str(saved), "--to", "sharded", "--ranks", "0", "--out", out], "--ranks: expected at least 1"),
         ([str(saved), "--to", "sharded", "--ranks", "two", "--out", out], "--ranks: expected a whole number"),
-        ([str(tmp_path / "nowhere"), "--to", "single", "--out", out], "holds no checkpoint"),
+        ([str(tmp_path / "nowhere"), "--to", "single", "--out", out], "no such folder"),
         ([str(saved), "--to", "single", "--out", str(saved)], "exists and is not empty"),
     ):
         assert main(["convert", *given]) == 2

@@ -68,13 +68,14 @@ SHORT = ("after_write:optimizer.safetensors@2", "before_rename@2")
     [*BESIDE, *(pytest.param(*case, marks=() if case[0] in SHORT else pytest.mark.slow) for case in AT_ONCE)],
 )
 def test_a_kill_at_any_stage_of_saving_loses_nothing(
-    stage: str, how: str, tmp_path: Path, whole: tuple[str, list]
+    stage: str, how: str, tmp_path: Path, whole: tuple[str, list], tally: Any
 ) -> None:
     out = tmp_path / "run"
     assert finish(config(out, checkpoint_async=how), fail_at=stage) == -signal.SIGKILL
     assert finish(config(out, checkpoint_async=how, resume=True)) == 0
     assert (fingerprint(out), losses(out)) == whole
     assert not [path for path in out.rglob("*") if ".tmp-" in path.name or path.name == "run.lock"]
+    tally("kills within a save, resumed to the same bits", 1)
 
 
 def test_a_replaced_model_folder_is_old_or_new_after_a_kill(tmp_path: Path, whole: tuple[str, list]) -> None:
@@ -95,16 +96,21 @@ def killed_at_random(out: Path, seed: int, kills: int) -> int:
     return met
 
 
-def test_kills_at_random_moments_do_not_change_a_bit(tmp_path: Path, whole: tuple[str, list]) -> None:
-    assert killed_at_random(tmp_path / "run", seed=1, kills=4) > 0
+def test_kills_at_random_moments_do_not_change_a_bit(tmp_path: Path, whole: tuple[str, list], tally: Any) -> None:
+    met = killed_at_random(tmp_path / "run", seed=1, kills=4)
+    assert met > 0
     assert (fingerprint(tmp_path / "run"), losses(tmp_path / "run")) == whole
+    tally("kills at random moments, resumed to the same bits", met)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
-def test_many_kills_at_random_moments_do_not_change_a_bit(seed: int, tmp_path: Path, whole: tuple[str, list]) -> None:
-    killed_at_random(tmp_path / "run", seed=100 + seed, kills=5)
+def test_many_kills_at_random_moments_do_not_change_a_bit(
+    seed: int, tmp_path: Path, whole: tuple[str, list], tally: Any
+) -> None:  # fmt: skip
+    met = killed_at_random(tmp_path / "run", seed=100 + seed, kills=5)
     assert (fingerprint(tmp_path / "run"), losses(tmp_path / "run")) == whole
+    tally("kills at random moments, resumed to the same bits", met)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

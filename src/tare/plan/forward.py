@@ -29,8 +29,9 @@ from tare.zeroth.optimizer import ForwardOptimizer
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-# Bytes for each element of a piece of a leaf that is looked through for a threshold, and for counts of its digits.
-READING, COUNTS = 32, 2 * 8 * 2**16
+# A leaf that is looked through for a threshold: bytes of the counts of 16-bit digits, and for each element of the piece that is counted,
+# where the digits are cut out, and where they are counted into a second table.
+COUNTS, CUTTING, COUNTING = 8 * 2**16, 17, 8
 GENERATOR = 2 * 5056  # torch's state of random numbers on the CPU, kept so that all probes of a step find the same
 IN_PLACE = 0.12  # of the trained weights: bits that put them back exactly, at eps 1e-3; measured in tests/zeroth
 
@@ -92,7 +93,8 @@ def probe_profile(
     tokens = tracked.tokens * accumulate + GENERATOR
     step, more = Moment(tokens, 0, gradient), tokens - tracked.tokens
     reads = [leaf.numel for leaf, each in zip(trained, moved, strict=True) if each.law.reads_weight]
-    first = Moment(tokens, 0, READING * min(max(reads), CHUNK) + COUNTS) if reads else None
+    piece = min(max(reads, default=0), CHUNK)
+    first = Moment(tokens, 0, max(COUNTS + CUTTING * piece, 2 * COUNTS + COUNTING * piece)) if reads else None
     probe = dataclasses.replace(tracked.probe, activations=tracked.probe.activations + more)
     return ProbeProfile(
         tracked.weights, account.total + account.shared, probe.plus(temporaries=beside), step, tracked.evaluation, first,

@@ -101,6 +101,8 @@ def convert(source: Path, to: Form, out: Path, ranks: int = 2) -> Converted:
 
 def opened(source: Path) -> Snapshot:
     """The newest intact checkpoint of a run, or the one that was named. Raises as `convert`."""
+    if not source.is_dir():
+        raise InputError(f"{source}: no such folder; give that of a run, or one of its checkpoints/step-N")
     step = checkpoint.step_of(source.name)
     if step is not None and (source / integrity.MANIFEST).exists():
         return checkpoint.load(source, step)

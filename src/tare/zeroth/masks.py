@@ -204,12 +204,14 @@ def magnitude(read: Reader, number: int) -> float:
         for pattern in _patterns(read, size):
             if shift < 8 * size - _DIGIT:
                 pattern = pattern[pattern >> (shift + _DIGIT) == found]
-            digits = (pattern >> shift) & ((1 << _DIGIT) - 1)
-            counts += torch.bincount(digits, minlength=1 << _DIGIT)
+            pattern = (pattern >> shift).bitwise_and_((1 << _DIGIT) - 1)
+            counts += torch.bincount(pattern, minlength=1 << _DIGIT)
+            del pattern  # before the next piece is made
         below = counts.cumsum(0)
         digit = int(torch.searchsorted(below, number))
         number -= int(below[digit - 1]) if digit else 0
         found = (found << _DIGIT) | digit
+        del counts, below  # half a megabyte each, and the next digit makes its own
     return torch.tensor(found, dtype=_WORDS[size]).view(read(0, 1).dtype).double().item()
 
 
@@ -217,4 +219,4 @@ def _patterns(read: Reader, size: int) -> Iterator[Tensor]:
     """|w| as whole numbers, int64, by pieces."""
 
     for start, stop in spans(read.numel):
-        yield read(start, stop).view(_WORDS[size]).to(torch.int64) & ((1 << (8 * size - 1)) - 1)
+        yield read(start, stop).view(_WORDS[size]).to(torch.int64, copy=True).bitwise_and_((1 << (8 * size - 1)) - 1)

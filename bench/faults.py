@@ -1,0 +1,85 @@
+"""The whole fault suite, slow forms included, with what it went through: kills, changed bytes, payloads; and how long it took.
+
+    python bench/faults.py [--workers 2] [--out bench/results/faults.json]
+
+Runs every test file that docs/faults.md names. Tests say by the fixture `tally` how often they did what; of a test that failed nothing is
+counted. Needs the development environment (`make test` makes it). Exit code 1 where a test failed.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from xml.etree import ElementTree
+
+import torch
+
+from tare.report.provenance import commit, device
+
+ROOT = Path(__file__).parents[1]
+
+
+def files() -> list[str]:
+    """The test files of the table."""
+    text = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
+    return sorted({*re.findall(r"tests/[\w/]+\.py", text), "tests/distributed/test_checkpoint_killed.py"})
+
+
+def read(report: Path) -> dict[str, object]:
+    """What a JUnit report says: outcomes, the failed by name, and the sums of tallies."""
+    outcomes, tally, failed = Counter[str](), Counter[str](), []
+    for case in ElementTree.parse(report).iter("testcase"):
+        kind = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
+        outcomes[kind] += 1
+        if kind in ("failure", "error"):
+            failed.append(f"{case.get('classname')}::{case.get('name')}")
+        if kind == "passed":
+            for note in case.iter("property"):
+                what = note.get("name") or ""
+                if what.startswith("tally "):
+                    tally[what.removeprefix("tally ")] += int(note.get("value") or 0)
+    return {"outcomes": dict(outcomes), "failed": failed, "tally": dict(sorted(tally.items()))}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=2, help="pytest processes")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "faults.json")
+    args = parser.parse_args()
+    named = files()
+    with tempfile.TemporaryDirectory() as place:
+        report = Path(place) / "report.xml"
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-n",
+            str(args.workers),
+            "-m",
+            "slow or not slow",
+            f"--junitxml={report}",
+            *named,
+        ]
+        started = time.monotonic()
+        code = subprocess.run(command, cwd=ROOT, check=False).returncode
+        seconds = time.monotonic() - started
+        found = read(report)
+    revision, changed = commit()
+    result = {
+        "kind": "faults", "format": 1, "commit": revision, "uncommitted_changes": changed,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "device": device(), "torch": torch.__version__, "workers": args.workers,
+        "files": named, "seconds": round(seconds, 1), **found,
+    }  # fmt: skip
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({name: result[name] for name in ("outcomes", "failed", "tally", "seconds")}, indent=1))
+    return 1 if code else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
