@@ -274,7 +274,7 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
     result = {
         "kind": "bench-side-by-side", "format": 1, "command": command, "theirs": theirs_at, "commit": sha, "changed": dirty,
         "date": time.strftime("%Y-%m-%d"), "device": device(), "torch": torch.__version__, "threads": args.threads, "settings": kept,
-        "weights": weights, "largest": largest, "theirs_ms": 1e3 * statistics.median(own_times), "beyond": beyond,
+        "weights": weights, "largest": largest, "theirs_ms": statistics.median(own_times), "beyond": beyond,
         "losses": differences["losses"], "load_before": load, "disturbed": waiting.to_json(), "results": results,
     }  # fmt: skip
     if args.out:
