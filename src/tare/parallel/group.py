@@ -183,17 +183,19 @@ class Crew:
     def _speaks(self, fault: Exception) -> bool:
         """Whether it is for this worker to tell of a fault: for the first that claims it. Nobody is left waiting in a group that stays."""
         told = isinstance(fault, WorkersFailed) and fault.told
-        winner = -1 if told else self._claim()
+        winner = -1 if told else self._claim(fault)
         if not self.ours and not getattr(fault, "answered", False):
             with contextlib.suppress(WorkersFailed):
                 self._message(FAILED, [], PARTING)
         return winner == self.rank
 
-    def _claim(self) -> int:
+    def _claim(self, fault: Exception) -> int:
         try:
             return int(_store().compare_set(self._key, "", str(self.rank)))
         except RuntimeError:  # who kept the store is gone: worker 0, or what has launched them
-            return min(self.rank, 1)
+            return (
+                0 if isinstance(fault, InputError) else min(self.rank, 1)
+            )  # wrong input is the same for all, and has been told
 
     def _claimed(self) -> int | None:
         try:
@@ -266,16 +268,16 @@ def join(device: str = "auto") -> Iterator[Crew]:
     control = _control
     if control is None:
         control = dist.new_group(backend="gloo", timeout=PATIENCE)
+        dist.barrier(group=control)  # one that leaves at once would close the connections that another still opens
     if opens:
         _control = control
     _joins += 1
     _broken = _broken and not opens
     fault: BaseException | None = None
+    local, ours = int(os.environ.get("LOCAL_RANK", 0)), _control is not None
+    crew = Crew(dist.get_rank(), dist.get_world_size(), local, control=control, number=_joins, ours=ours)
     try:
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        yield Crew(
-            dist.get_rank(), dist.get_world_size(), local, control=control, number=_joins, ours=_control is not None
-        )
+        yield crew
     except BaseException as error:
         fault = error
         raise
