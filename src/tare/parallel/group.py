@@ -193,9 +193,8 @@ class Crew:
         try:
             return int(_store().compare_set(self._key, "", str(self.rank)))
         except RuntimeError:  # who kept the store is gone: worker 0, or what has launched them
-            return (
-                0 if isinstance(fault, InputError) else min(self.rank, 1)
-            )  # wrong input is the same for all, and has been told
+            told = isinstance(fault, InputError)  # wrong input is the same for all: worker 0 has said so before it left
+            return 0 if told else min(self.rank, 1)
 
     def _claimed(self) -> int | None:
         try:

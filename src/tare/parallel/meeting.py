@@ -1,6 +1,6 @@
 """Where the processes of one start meet: a store whose keys no earlier start has written.
 
-torchrun keeps one store for all its restarts (torch 2.4 and later share the agent's, pytorch#135712), so that workers which are started
+torchrun keeps one store for all its restarts (seen in torch 2.13; pytorch#135712 tells of it), so that workers which are started
 again find the addresses of dead ones there and connect to nobody. How often an agent has restarted does not help: on several nodes each
 counts for itself. So the first worker names the start anew, and the others know the name is fresh once it has answered them.
 """

@@ -35,11 +35,13 @@ def finetune(result: Result) -> str:
         )
     header = ("method", *(f"{k} of each class" for k in shots), "lr", "forward passes", "peak MiB", "x inference")
     setting, seeds = result["setting"], result["setting"]["seeds"]
+    draws = f"mean and standard deviation over {seeds} draws" if seeds > 1 else "of one draw"
+    commits = " and ".join(dict.fromkeys(_short(row) for row in (*result["rows"], result) if "commit" in row))
     notes = [
-        f"{result['model']} on {result['data']}: accuracy in % on {result['tested_on']} sentences nobody trained on, mean and standard "
-        f"deviation over {seeds} draws of the examples; {setting['steps']} steps of {setting['batch']} for every method, rates on a "
+        f"{result['model']} on {result['data']}: accuracy in % on {result['tested_on']} sentences nobody trained on, {draws} "
+        f"of the examples; {setting['steps']} steps of {setting['batch']} for every method, rates on a "
         "grid of a factor of 4 by other examples.",
-        f"{_machine(result)}, torch {result['torch']}, commit {_short(result)}, {result['date'][:10]}; `python bench/finetune.py`.",
+        f"{_machine(result)}, torch {result['torch']}, commit {commits}, {result['date'][:10]}; `python bench/finetune.py`.",
     ]  # fmt: skip
     return _with(rendered((header, rows)), notes)
 

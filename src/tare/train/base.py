@@ -3,7 +3,6 @@
 An adapter of a few megabytes on a model of 14 GiB makes checkpoints of a few megabytes. They go on only on the same base.
 """
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,47 +10,48 @@ from torch import nn
 
 from tare.core.errors import CheckpointError
 from tare.core.weights import plain_parts, was_read
-from tare.zeroth.digest import digest_of
+from tare.zeroth.digest import combined, digest_of
 
 KEY = "base"  # in a manifest
 
 
 @dataclass(frozen=True)
 class Base:
-    """Weights that a checkpoint leaves out.
+    """Weights that a checkpoint leaves out: none, or those of a model.
 
-    model: where they were read. names: as in `checkpoint.weights_of`. digest: of names and bytes.
+    model: where they were read. names: as in `checkpoint.weights_of`. digest: of their bytes, in the order of names.
     """
 
-    model: str
-    names: frozenset[str]
-    digest: str
-    nbytes: int
+    model: str = ""
+    names: frozenset[str] = frozenset()
+    digest: str = ""
+    nbytes: int = 0
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a manifest says of it."""
+        """What a manifest says of it: nothing where nothing is left out."""
+        if not self.names:
+            return {}
         return {KEY: {"model": self.model, "digest": self.digest, "weights": len(self.names), "bytes": self.nbytes}}
 
 
-def base_of(model: nn.Module, name: str) -> Base | None:
-    """What of a model, before it is cut among processes, checkpoints need not hold; None where that is nothing.
+NONE = Base()
+
+
+def base_of(model: nn.Module, name: str) -> Base:
+    """What of a model, before it is cut among processes, checkpoints need not hold.
 
     Weights that the files lack were drawn, and may be drawn otherwise by another torch: they are kept. name: of the model, as in the
     configuration.
     """
     frozen = {leaf: p for leaf, p in model.named_parameters() if not p.requires_grad and was_read(p)}
-    if not frozen:
-        return None
-    found = hashlib.blake2b(digest_size=16)
-    for leaf in sorted(frozen):
-        found.update(leaf.encode() + b"\0" + digest_of(frozen[leaf]))
     parts = {part: t for leaf, p in frozen.items() for part, t in plain_parts(leaf, p).items()}
     size = sum(t.numel() * t.element_size() for t in parts.values())
-    return Base(name, frozenset(parts), found.hexdigest(), size)
+    digest = combined({leaf: digest_of(frozen[leaf]) for leaf in sorted(frozen)}).hex()
+    return Base(name, frozenset(parts), digest, size)
 
 
-def left_out(manifest: dict[str, Any], base: Base | None) -> frozenset[str]:
+def left_out(manifest: dict[str, Any], base: Base) -> frozenset[str]:
     """The weights of a model that a checkpoint does not hold because its base does.
 
     Raises:
@@ -59,9 +59,9 @@ def left_out(manifest: dict[str, Any], base: Base | None) -> frozenset[str]:
     """
     said = manifest.get(KEY)
     if said is None:
-        return frozenset()
+        return NONE.names
     said = said if isinstance(said, dict) else {}
-    if base is None or said.get("digest") != base.digest:
+    if said.get("digest") != base.digest:
         raise CheckpointError(
             f"holds only what was trained, on the weights of {said.get('model')!r}, and the model has other ones now; put those back"
         )

@@ -20,7 +20,7 @@ from tare.core.errors import CheckpointError
 from tare.core.shard.layout import local
 from tare.core.weights import plain_parts
 from tare.train import integrity, tensorfile
-from tare.train.base import Base, left_out
+from tare.train.base import NONE, Base, left_out
 from tare.train.stored import OPTIMIZER, TENSORS, TRAINER, WEIGHTS, Content, open_content
 from tare.train.trees import flatten
 
@@ -71,18 +71,20 @@ def prepare(
     facts: dict[str, Any] | None = None,
     keep: int = 2,
     stage: Stage | None = None,
+    base: Base = NONE,
 ) -> Callable[[], Path]:
     """Take down what a checkpoint is to hold; the function returned writes it, on whichever thread.
 
     Args:
         folder: the run's `checkpoints/`; made if missing, but not its parent.
         step: number of finished steps.
-        weights: name -> tensor, each storage once; where it is not all of a model's, `facts` has those of the base that is left out.
+        weights: name -> tensor, each storage once.
         optimizer: `optimizer.state_dict()`: tensors of any dtype, numbers, texts, None, lists, tuples, dicts.
         trainer: the rest, of the same plain values.
         facts: stated in the manifest; `eval_loss` there decides which checkpoint is the best.
         keep: newest checkpoints kept, at least 2, so that one damaged file never costs the run; the best is kept besides.
         stage: copies tensors, for a writer that runs while they change; None: they are written as they are then.
+        base: weights of the model that are not among these, stated in the manifest.
 
     Raises:
         CheckpointError: no space, or not writable; older checkpoints are untouched. Here, or from the function.
@@ -113,7 +115,7 @@ def prepare(
                 OPTIMIZER: lambda path: put_text(path, texts[OPTIMIZER]),
                 TRAINER: lambda path: put_text(path, texts[TRAINER]),
             },
-            stated(step, facts),
+            stated(step, facts, base),
         )
         prune(folder, keep)
         return target
@@ -129,9 +131,9 @@ def make(folder: Path) -> None:
         raise CheckpointError(f"{folder}: cannot be written ({fault.strerror}); the checkpoint is not saved") from fault
 
 
-def stated(step: int, facts: dict[str, Any] | None) -> dict[str, Any]:
+def stated(step: int, facts: dict[str, Any] | None, base: Base) -> dict[str, Any]:
     """What the manifest of a checkpoint says besides its files."""
-    return {"step": step, "torch": str(torch.__version__), **(facts or {})}
+    return {"step": step, "torch": str(torch.__version__), **(facts or {}), **base.facts}
 
 
 def step_of(name: str) -> int | None:
@@ -222,7 +224,7 @@ def held_weights(model: nn.Module, without: Collection[str] = ()) -> dict[str, T
     return {name: local(tensor) for name, tensor in weights_of(model, without).items()}
 
 
-def restore_weights(model: nn.Module, snapshot: Snapshot, base: Base | None = None) -> None:
+def restore_weights(model: nn.Module, snapshot: Snapshot, base: Base = NONE) -> None:
     """Copy the weights into the model, in place.
 
     base: of the model, where the checkpoint may leave it out. Raises `CheckpointError` unless names, shapes and dtypes are the same.
@@ -232,7 +234,7 @@ def restore_weights(model: nn.Module, snapshot: Snapshot, base: Base | None = No
         tensor.copy_(snapshot.content.weights[name].whole())
 
 
-def wanted(model: nn.Module, content: Content, base: Base | None) -> dict[str, Tensor]:
+def wanted(model: nn.Module, content: Content, base: Base) -> dict[str, Tensor]:
     """The weights of a model that a checkpoint is to fill. Raises `CheckpointError` where it holds others."""
     try:
         own = weights_of(model, left_out(content.manifest, base))

@@ -216,27 +216,18 @@ def open_corpus(
         spare = sources.Spare(data.bad_rows)
 
         def build(folder: Path) -> None:
-            write_tokens(
-                sources.documents(found, data.text_column, spare), made, folder, fraction, found.given, progress
-            )
-            if spare.taken:
-                facts = json.loads((folder / "facts.json").read_bytes())
-                (folder / "facts.json").write_text(
-                    json.dumps(facts | {"bad_rows": spare.taken, "first_bad_row": spare.first})
-                )
+            documents = sources.documents(found, data.text_column, spare)
+            write_tokens(documents, made, folder, fraction, found.given, progress, spare)
             if sources.fingerprint(found, data.text_column) != fingerprint:
                 raise InputError(f"data: {found.given!r} was changed while it was read; start again when it is at rest")
 
-        allowed = (
-            (data.bad_rows,) if data.bad_rows else ()
-        )  # what is kept with rows left out is not found where none may be
+        # What is kept with rows left out is not found where none may be.
+        allowed = (data.bad_rows,) if data.bad_rows else ()
         folder = cache.entry("tokens", cache.key_of("tokens", 1, fingerprint, mark, fraction, *allowed), build)
         facts = json.loads((folder / "facts.json").read_bytes())
         if left := facts.get("bad_rows"):
-            rows = f"{left} row{'s' if left > 1 else ''} of {found.given!r}"
-            warnings.warn(
-                f"data: {rows} left out (data.bad_rows {data.bad_rows}), first {facts['first_bad_row']}", stacklevel=3
-            )
+            rows = f"{left} row{'s' if left > 1 else ''} of {found.given!r} left out (data.bad_rows {data.bad_rows})"
+            warnings.warn(f"data: {rows}, first {facts['first_bad_row']}", stacklevel=3)
         return folder, facts
 
     folder, facts = tokens_of(source, prints[0], 0.0 if held else data.eval_fraction)

@@ -153,7 +153,7 @@ def _counters(saved: dict[str, Any]) -> Counters:
 def _require_space(job: session.Session, folder: run.RunFolder) -> None:
     """Room for what is kept, one checkpoint more (the old ones go last), the best one, and the model."""
     weights = checkpoint.nbytes(checkpoint.weights_of(job.model))
-    one = weights - (job.base.nbytes if job.base else 0) + int(job.optimizer.state_bytes())
+    one = weights - job.base.nbytes + int(job.optimizer.state_bytes())
     missing = max(job.config.run.keep, 2) + 2 - len(checkpoint.found(folder.checkpoints))
     integrity.require_space(folder.path, max(missing, 1) * one + weights, "checkpoints and model")
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tare.core.errors import CheckpointError
 from tare.train import checkpoint, sharded
-from tare.train.base import Base
+from tare.train.base import NONE, Base
 from tare.train.machine import memory_of
 
 Mode = Literal["auto", "always", "never"]
@@ -32,17 +32,11 @@ class Saver:
         model, optimizer: what is saved.
         keep: as of `checkpoint.prepare`.
         background: write beside the training. Costs a copy of weights and state in the memory of the host.
-        base: weights that are left out, and named.
+        base: weights that are left out, and stated in the manifest.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        model: nn.Module,
-        optimizer: Any,
-        keep: int = 2,
-        background: bool = True,
-        base: Base | None = None,
+        self, folder: Path, model: nn.Module, optimizer: Any, keep: int = 2, background: bool = True, base: Base = NONE
     ) -> None:
         self.folder, self.model, self.optimizer, self.keep, self.background = folder, model, optimizer, keep, background
         self.base = base
@@ -77,11 +71,11 @@ class Saver:
                 group=self._own_group(), stage=stage, base=self.base,
             )  # fmt: skip
         else:
-            weights = checkpoint.weights_of(self.model, self.base.names if self.base else ())
-            state, facts = self.optimizer.state_dict(), {**(facts or {}), **(self.base.facts if self.base else {})}
+            weights, state = checkpoint.weights_of(self.model, self.base.names), self.optimizer.state_dict()
             state = state if exchange is None else {**state, "exchange": exchange}
             write = checkpoint.prepare(
-                self.folder, step, weights=weights, optimizer=state, trainer=trainer, facts=facts, keep=self.keep, stage=stage
+                self.folder, step, weights=weights, optimizer=state, trainer=trainer, facts=facts, keep=self.keep, stage=stage,
+                base=self.base,
             )  # fmt: skip
         if not self.background:
             self._written.append((step, write()))

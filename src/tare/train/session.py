@@ -25,8 +25,8 @@ from tare.plan.resolve import Choice
 from tare.plan.resolve import resolve as resolve_method
 from tare.train import adapters, compressing, machine, sharded, spreading
 from tare.train.bars import no_bars
-from tare.train.base import Base, base_of
-from tare.train.checkpoint import Snapshot, restore_weights
+from tare.train.base import NONE, Base, base_of
+from tare.train.checkpoint import Snapshot
 from tare.train.config import RunConfig
 from tare.train.quantize import Quantization, check_methods, dense_state, planned
 from tare.train.schedule import Schedule
@@ -62,7 +62,7 @@ class Session:
     spread: Spread = field(
         default_factory=lambda: Spread(nn.Identity())
     )  # how the model lies over the crew; `build` says
-    base: Base | None = None  # frozen weights that were read, which checkpoints leave out
+    base: Base = NONE  # frozen weights that were read, which checkpoints leave out
 
     @property
     def forward_only(self) -> bool:
@@ -132,20 +132,8 @@ def build(
         corpus = open_corpus(config.data, model.config.vocab_size, config.model.tokenizer, progress)  # type: ignore[union-attr, arg-type]
         order = corpus.dataset(config.run.seed, config.train.batch)
     job = Session(
-        config,
-        device,
-        model,
-        corpus,
-        order,
-        optimizer,
-        Schedule.of(config.train),
-        [],
-        predicted,
-        task,
-        crew,
-        spread,
-        base,
-    )
+        config, device, model, corpus, order, optimizer, Schedule.of(config.train), [], predicted, task, crew, spread, base
+    )  # fmt: skip
     spreading.after(job)
     gemm.decided()  # settled now, not inside the first step, whose memory and time are measured
     job.peaks = [float(group["lr"]) for group in optimizer.param_groups]
@@ -378,11 +366,11 @@ def restore(session: Session, snapshot: Snapshot) -> list[str]:
                 "restore it, or start a new run in another run.out"
             )
     own_decay = [group.get("weight_decay") for group in session.optimizer.param_groups]
+    sharded.restore_model(session.model, snapshot, session.base)
     try:
         if session.spread.form == "fsdp":
-            sharded.restore(session.model, session.optimizer, snapshot, session.base)
+            sharded.restore_optimizer(session.model, session.optimizer, snapshot)
         else:
-            restore_weights(session.model, snapshot, session.base)
             session.optimizer.load_state_dict(snapshot.optimizer)
     except CheckpointError as fault:
         raise CheckpointError(f"{snapshot.folder}: {fault}") from fault

@@ -20,7 +20,7 @@ from tare.core.errors import CheckpointError
 from tare.core.optimizer import Optimizer
 from tare.core.shard import layout
 from tare.train import checkpoint, integrity, tensorfile
-from tare.train.base import Base
+from tare.train.base import NONE, Base
 from tare.train.checkpoint import Snapshot, Stage
 from tare.train.stored import OPTIMIZER, TRAINER, Stored
 from tare.train.trees import flatten
@@ -47,7 +47,7 @@ def prepare(
     keep: int = 2,
     group: Any = None,
     stage: Stage | None = None,
-    base: Base | None = None,
+    base: Base = NONE,
 ) -> Callable[[], Path]:
     """Take down this rank's part of a checkpoint; the function returned writes it, on whichever thread, on all ranks together.
 
@@ -59,7 +59,7 @@ def prepare(
         facts, keep: as of `checkpoint.prepare`; of the first rank.
         group: for what ranks have to tell each other; a writer in the background needs one of its own (gloo). None: the default one.
         stage: as of `checkpoint.prepare`.
-        base: weights that are left out, and named.
+        base: weights that are left out, and stated in the manifest.
 
     Raises:
         CheckpointError: no space, not writable, ranks that disagree on plain state. On every rank, from the function.
@@ -71,14 +71,13 @@ def prepare(
     rest, extra = flatten(trainer)
     if extra:
         raise TypeError(f"trainer state holds tensors: {', '.join(extra)}; give lists")
-    facts = {**(facts or {}), **(base.facts if base else {})}
-    parts = {WEIGHTS_PART: checkpoint.weights_of(model, base.names if base else ()), STATE_PART: state}
+    parts = {WEIGHTS_PART: checkpoint.weights_of(model, base.names), STATE_PART: state}
     cuts = {f"{part}/{name}": Cut.of(t) for part, tensors in parts.items() for name, t in tensors.items()}
     tensorfile.check({name: cut.local for name, cut in cuts.items()})
     if stage is not None:
         copies = stage({name: cut.local for name, cut in cuts.items()})
         cuts = {name: Cut(copies[name], cut.offsets, cut.shape) for name, cut in cuts.items()}
-    return lambda: _write(folder, step, cuts, plain, rest, checkpoint.stated(step, facts), keep, group)
+    return lambda: _write(folder, step, cuts, plain, rest, checkpoint.stated(step, facts, base), keep, group)
 
 
 def _write(
@@ -174,7 +173,7 @@ def load_latest(folder: Path, group: Any = None) -> Snapshot | None:
 
 
 @torch.no_grad()
-def restore(model: nn.Module, optimizer: Any, snapshot: Snapshot, base: Base | None = None) -> None:
+def restore(model: nn.Module, optimizer: Any, snapshot: Snapshot, base: Base = NONE) -> None:
     """Put a checkpoint of either kind into a model and an optimizer, plain ones or cut across ranks. No rank waits for another.
 
     base: as of `checkpoint.restore_weights`.
@@ -186,7 +185,7 @@ def restore(model: nn.Module, optimizer: Any, snapshot: Snapshot, base: Base | N
 
 
 @torch.no_grad()
-def restore_model(model: nn.Module, snapshot: Snapshot, base: Base | None = None) -> None:
+def restore_model(model: nn.Module, snapshot: Snapshot, base: Base = NONE) -> None:
     """The weights alone."""
     from torch.distributed import checkpoint as stock
 

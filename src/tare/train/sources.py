@@ -59,14 +59,17 @@ class Spare:
     taken: int = 0
     first: str | None = None
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For what is kept of the source: nothing where nothing was left out."""
+        return {"bad_rows": self.taken, "first_bad_row": self.first} if self.taken else {}
+
     def take(self, fault: InputError) -> None:
         """Leave a row out. Raises `InputError` where that would be one too many."""
-        if self.taken >= self.limit:
-            raise (
-                InputError(f"{fault} (data.bad_rows allows {self.limit}, which were left out before)")
-                if self.limit
-                else fault
-            )
+        if not self.limit:
+            raise fault
+        if self.taken == self.limit:
+            raise InputError(f"{fault} (data.bad_rows allows {self.limit}, which were left out before)")
         self.taken, self.first = self.taken + 1, self.first or str(fault)
 
 
@@ -104,14 +107,12 @@ def documents(source: str | Source, text_column: str = "text", spare: Spare | No
     >>> next(documents("stdlib")).name
     '__future__.py'
     """
-    found = source if isinstance(source, Source) else find(source)
+    found, spare = source if isinstance(source, Source) else find(source), spare or Spare()
     if not found.hub:
-        return _not_blank(_file_rows(found, text_column, spare or Spare()), found.given)
+        return _not_blank(_file_rows(found, text_column, spare), found.given)
     name, config, split = found.hub
     what = {"path": name, "name": config, "split": split, "revision": _hub_commit(name, remembered=False)}
-    return _not_blank(
-        _streamed(name, text_column, f"hub data set {name!r}", HUB_BYTES, spare or Spare(), **what), found.given
-    )
+    return _not_blank(_streamed(name, text_column, f"hub data set {name!r}", HUB_BYTES, spare, **what), found.given)
 
 
 def fingerprint(source: str | Source, text_column: str = "text") -> str:
@@ -213,13 +214,13 @@ def json_rows(reader: Iterable[str], path: Path, spare: Spare | None = None) -> 
         except (ValueError, RecursionError) as error:
             if "\0" in line:
                 raise _not_text(path) from error
-            row, what = None, f"malformed JSON ({error_line(error)})"
+            what = f"malformed JSON ({error_line(error)})"
         else:
+            if isinstance(row, dict):
+                yield number, row
+                continue
             what = f"a JSON {type(row).__name__}, not an object"
-        if isinstance(row, dict):
-            yield number, row
-        else:
-            spare.take(InputError(f"data: {path}:{number}: {what}; every line must be one JSON object"))
+        spare.take(InputError(f"data: {path}:{number}: {what}; every line must be one JSON object"))
 
 
 def _json_lines(reader: io.TextIOWrapper, path: Path, name: str, column: str, spare: Spare) -> Iterator[Document]:

@@ -181,12 +181,13 @@ def write_tokens(
     held_out: float,
     name: str,
     progress: Progress | None = None,
+    spare: sources.Spare | None = None,
 ) -> None:
     """Tokenize documents into `folder`: `train.bin`, with `held_out` > 0 `eval.bin`, and `facts.json` about both.
 
     The files are bare little-endian ids (`dtype` in the facts: uint16 while the ids allow it, else uint32), every document
     followed by the end-of-text token. Held out are the documents with the lowest `text_hash`, so many that they make up the
-    share `held_out` of the tokens: at least one, never all, and equal documents together.
+    share `held_out` of the tokens: at least one, never all, and equal documents together. spare: what `documents` leaves out.
 
     Raises `InputError` when there are no tokens, or no two different documents to divide.
     """
@@ -216,7 +217,7 @@ def write_tokens(
         "bytes": size,
         "dtype": dtype.str,
     }
-    facts |= {"train_tokens": written - eval_tokens, "eval_tokens": eval_tokens}
+    facts |= {"train_tokens": written - eval_tokens, "eval_tokens": eval_tokens, **(spare.facts if spare else {})}
     (folder / "facts.json").write_text(json.dumps(facts))
 
 

@@ -93,8 +93,8 @@ class Trainer:
         self._sent = job.crew.bytes_sent  # up to the last step
         self._backs = 0  # to the last checkpoint
         own = job.config.run
-        left_out = job.base.names if job.base else ()
-        copy = checkpoint.nbytes(checkpoint.held_weights(job.model, left_out)) + int(job.optimizer.state_bytes())
+        held = checkpoint.held_weights(job.model, job.base.names)
+        copy = checkpoint.nbytes(held) + int(job.optimizer.state_bytes())
         background = in_background(own.checkpoint_async, job.device, own.budget, copy)
         self.saver = Saver(folder.checkpoints, job.model, job.optimizer, own.keep, background, job.base)
         self.seeds: RunLog | None = None
