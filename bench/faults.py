@@ -8,6 +8,7 @@ counted. Needs the development environment (`make test` makes it). Exit code 1 w
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -55,19 +56,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as place:
         report = Path(place) / "report.xml"
         command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-n",
-            str(args.workers),
-            "-m",
-            "slow or not slow",
-            f"--junitxml={report}",
-            *named,
-        ]
+            sys.executable, "-m", "pytest", "-q", "-n", str(args.workers), "-m", "slow or not slow", "--durations=12",
+            f"--junitxml={report}", *named,
+        ]  # fmt: skip
         started = time.monotonic()
-        code = subprocess.run(command, cwd=ROOT, check=False).returncode
+        code = subprocess.run(command, cwd=ROOT, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
         seconds = time.monotonic() - started
         found = read(report)
     revision, changed = commit()
