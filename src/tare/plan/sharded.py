@@ -1,11 +1,12 @@
 """The memory of a rank whose weights are sharded (FSDP2), by arithmetic from the stretches of a step on one rank.
 
 What `fully_shard` holds at each moment follows from sizes alone. Around a unit's forward and backward its weights are whole; an
-all-gather has a buffer of the same size, which in forward stays until the next unit is gathered, and in backward is there one unit
-ahead; a reduce-scatter has one of the size of the unit's gradients, which stays until the next one. The model around the units
+all-gather has a buffer of the same size, which in forward stays until the next unit is gathered (in older torch until that is copied out,
+too), and in backward is there one unit ahead; a reduce-scatter has one of the size of the unit's gradients, which stays until the next one. The model around the units
 (embedding, last norm, head) is whole from its forward to the end of backward.
 """
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -130,13 +131,24 @@ def _forward(stretches: list[Stretch], of: Mapping[int, Piece]) -> Iterator[Mome
     for stretch in stretches:
         piece = of.get(stretch.unit)
         if stretch.begins == "enter" and piece is not None:
-            yield stretch.start.plus(gathered=whole + kept + piece.buffer + piece.whole)
+            yield stretch.start.plus(gathered=whole + kept + piece.buffer)
+            yield stretch.start.plus(gathered=whole + (kept if _kept_in_copies() else 0) + piece.buffer + piece.whole)
             whole, kept = whole + piece.whole, piece.buffer
         elif stretch.begins == "leave" and stretch.unit == ROOT:
             kept = 0
         elif stretch.begins == "leave" and piece is not None:
             whole -= piece.whole
         yield stretch.highest.plus(gathered=whole + kept)
+
+
+@functools.cache
+def _kept_in_copies() -> bool:
+    """Whether this torch still holds the buffer of the gather before while it copies out of the next one: 2.13 does, 2.15 does not."""
+    try:
+        from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPCommContext
+    except ImportError:
+        return True
+    return not hasattr(FSDPCommContext, "release_all_gather_state_for_comm_reuse")
 
 
 @dataclass
