@@ -205,7 +205,7 @@ METHODS: dict[str, tuple[Callable[[Classifier], Classifier], Build, float]] = {
     "mezo, adam by replay": (lambda m: m, lambda m, lr: tare.MeZO(m, lr, 1e-3, rule="adam", moments="replay"), 1e-4),
     "sparse-mezo": (lambda m: m, lambda m, lr: tare.SparseMeZO(m, lr, 1e-3), 3e-5),
     "mezo, LoRA": (adapted, lambda m, lr: tare.MeZO(m, lr, 1e-2), 1e-3),
-    "qzo, 4 bits": (quantized, lambda m, lr: tare.QZO(m, lr, 1e-2, relative=True, clip=None), 1e-4),
+    "qzo, 4 bits": (quantized, lambda m, lr: tare.QZO(m, lr, 1e-2, relative=True, clip=None), 6.4e-3),
     "eggroll, 8 members": (lambda m: m, lambda m, lr: tare.Eggroll(m, lr, 1e-3, members=8), 0.3),
 }  # fmt: skip
 FACTOR = 4.0
