@@ -20,7 +20,7 @@ from tare.parallel.wrap import cut
 from tare.plan import links, traffic
 from tare.plan.activations import Tokens, fake_tensors, profile_model
 from tare.plan.models import build_model, build_skeleton, full
-from tare.plan.onegroup import RankTracker, pretended, track_shards
+from tare.plan.onegroup import RankTracker, can_follow, pretended, track_shards
 from tare.plan.rank_rows import cut_moments
 from tare.plan.ranks import Ranks
 from tare.plan.resolve import resolve
@@ -34,6 +34,7 @@ from tare.plan.units import units
 
 SMALL = ModelShape(96, 260, 4, 3, vocab=301)  # no dimension but the first divides by 8
 HELD = {"rank": 16}
+FOLLOWS = pytest.mark.skipif(not can_follow(), reason="this torch has no collectives on fake tensors")
 
 
 def settings_of(gpus: int, parallel: str = "fsdp", **own: Any) -> Settings:
@@ -41,6 +42,7 @@ def settings_of(gpus: int, parallel: str = "fsdp", **own: Any) -> Settings:
     return Settings(SMALL, "small", 2, 32, ranks=Ranks(gpus, parallel, shards), **own)  # type: ignore[arg-type]
 
 
+@FOLLOWS
 @pytest.mark.parametrize(
     ("dtype", "checkpointing", "cut", "replicas"),
     [
@@ -64,6 +66,7 @@ def test_arithmetic_is_what_torch_does(dtype: Any, checkpointing: bool, cut: int
 
 
 @pytest.mark.slow
+@FOLLOWS
 def test_seven_billion_on_eight_ranks() -> None:
     shape = MODELS["llama-7b"]
     profile = profile_model(shape, 1, 2048, dtype="bf16", checkpointing=True)
@@ -146,6 +149,7 @@ class Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@FOLLOWS
 @pytest.mark.parametrize(("gpus", "parallel", "shards"), [(8, "fsdp", None), (8, "hsdp", 4)])
 def test_messages_are_those_that_torch_sends(gpus: int, parallel: str, shards: int | None) -> None:
     settings = settings_of(gpus, parallel, shards=shards)

@@ -32,6 +32,11 @@ OUT = (
 )  # those that write into buffers and whole weights given as `out`
 
 
+def can_follow() -> bool:
+    """Whether this torch knows the collectives of `fully_shard` on fake tensors: 2.8 does not."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key("c10d::_allgather_base_", "Meta"))
+
+
 @contextmanager
 def pretended(shards: int, replicas: int = 1) -> Iterator[Any]:
     """The mesh [shards], or [replicas, shards], of which this process is rank 0; nothing is ever sent.

@@ -9,7 +9,7 @@ from torch import distributed as dist
 from tare.plan import traffic
 from tare.plan.cache import cached
 from tare.plan.models import DTYPES, full, identity
-from tare.plan.onegroup import track_shards
+from tare.plan.onegroup import can_follow, track_shards
 from tare.plan.profile import Moment, StepProfile
 from tare.plan.resolve import Choice
 from tare.plan.sharded import Earlier, Sharded, pieces, sharded
@@ -82,6 +82,7 @@ def cut_moments(
         and earlier == "none"
         and not settings.release
         and not dist.is_initialized()
+        and can_follow()
     ):
         (weights, step), how = _followed(settings, trained), "followed"
     found = shares(on_paper(choice, settings.model_config, settings.dtype, settings.model_kind, alter), cost, ranks.cut)

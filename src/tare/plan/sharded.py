@@ -1,9 +1,9 @@
 """The memory of a rank whose weights are sharded (FSDP2), by arithmetic from the stretches of a step on one rank.
 
 What `fully_shard` holds at each moment follows from sizes alone. Around a unit's forward and backward its weights are whole; an
-all-gather has a buffer of the same size, which in forward stays until the next unit is gathered (in older torch until that is copied out,
-too), and in backward is there one unit ahead; a reduce-scatter has one of the size of the unit's gradients, which stays until the next one. The model around the units
-(embedding, last norm, head) is whole from its forward to the end of backward.
+all-gather has a buffer of the same size, which in forward stays until the next unit is gathered (in older torch until that is copied
+out, too), and in backward is there one unit ahead; a reduce-scatter has one of the size of the unit's gradients, which stays until the
+next one. The model around the units (embedding, last norm, head) is whole from its forward to the end of backward.
 """
 
 import functools
