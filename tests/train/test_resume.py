@@ -88,10 +88,10 @@ def test_a_replaced_model_folder_is_old_or_new_after_a_kill(tmp_path: Path, whol
 
 
 def killed_at_random(out: Path, seed: int, kills: int) -> int:
-    """Kill the run at random moments, resuming in between; how many kills met a living process."""
+    """Kill the run at random moments of its steps and saves, resuming in between; how many kills met a living process."""
     chance, met = random.Random(seed), 0
     for _ in range(kills):
-        met += kill_after(start(config(out, resume=out.exists()), slow=0.02), chance.uniform(0.05, 1.2))
+        met += kill_after(start(config(out, resume=out.exists()), slow=0.05), chance.uniform(0.0, 1.0), begun=True)
     assert finish(config(out, resume=out.exists())) == 0
     return met
 
@@ -104,7 +104,7 @@ def test_kills_at_random_moments_do_not_change_a_bit(tmp_path: Path, whole: tupl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(10))
 def test_many_kills_at_random_moments_do_not_change_a_bit(
     seed: int, tmp_path: Path, whole: tuple[str, list], tally: Any
 ) -> None:  # fmt: skip

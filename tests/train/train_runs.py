@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from tare.train import loop
+from tare.train import loop, progress
 from tare.train.config import DataConfig, MethodConfig, ModelConfig, RunConfig, RunSection, TrainConfig
 
 # Children are forked from a server that has imported everything once, so that a killed run costs no second import.
@@ -64,20 +64,28 @@ def config(out: Path, method: str = "adamw", **changes: Any) -> RunConfig:
     return base
 
 
-def child(job: RunConfig, env: dict[str, str], limit: int | None, slow: float) -> None:
-    """Runs in a process of its own. limit: largest file it may write; slow: seconds added to every step."""
+def child(job: RunConfig, env: dict[str, str], limit: int | None, slow: float, begun: Any) -> None:
+    """Runs in a process of its own. limit: largest file it may write; slow: seconds added to every step; begun: set before the first."""
     os.environ.update(env)
     if limit is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    result = loop.train(job, on_event=(lambda event: time.sleep(slow)) if slow else lambda event: None)
+
+    def heard(event: progress.Event) -> None:
+        if isinstance(event, progress.Started):
+            begun.set()
+        time.sleep(slow)
+
+    result = loop.train(job, on_event=heard)
     raise SystemExit(75 if result.interrupted else 0)
 
 
 def start(job: RunConfig, fail_at: str = "", limit: int | None = None, slow: float = 0.0) -> Any:
     """Start a run in a process of its own."""
-    process = CONTEXT.Process(target=child, args=(job, {"TARE_FAIL_AT": fail_at}, limit, slow))
+    begun = CONTEXT.Event()
+    process = CONTEXT.Process(target=child, args=(job, {"TARE_FAIL_AT": fail_at}, limit, slow, begun))
     process.start()
+    process.begun = begun  # type: ignore[attr-defined]
     return process
 
 
@@ -89,8 +97,10 @@ def finish(job: RunConfig, **how: Any) -> int:
     return int(process.exitcode)
 
 
-def kill_after(process: Any, seconds: float) -> bool:
-    """SIGKILL after a while; whether it was still running."""
+def kill_after(process: Any, seconds: float, begun: bool = False) -> bool:
+    """SIGKILL after a while, counted from its first step if `begun`; whether it was still running."""
+    while begun and process.exitcode is None and not process.begun.wait(0.05):
+        pass
     process.join(seconds)
     alive = process.exitcode is None
     process.kill()

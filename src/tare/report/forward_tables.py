@@ -36,7 +36,7 @@ def finetune(result: Result) -> str:
     header = ("method", *(f"{k} of each class" for k in shots), "lr", "forward passes", "peak MiB", "x inference")
     setting, seeds = result["setting"], result["setting"]["seeds"]
     draws = f"mean and standard deviation over {seeds} draws" if seeds > 1 else "of one draw"
-    commits = " and ".join(dict.fromkeys(_short(row) for row in (*result["rows"], result) if "commit" in row))
+    commits = ", ".join(dict.fromkeys(_short(row) for row in (*result["rows"], result) if "commit" in row))
     notes = [
         f"{result['model']} on {result['data']}: accuracy in % on {result['tested_on']} sentences nobody trained on, {draws} "
         f"of the examples; {setting['steps']} steps of {setting['batch']} for every method, rates on a "
