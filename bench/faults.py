@@ -46,17 +46,8 @@ def spelled_out(names: list[str]) -> list[str]:
     if not files:
         return names
     command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-o",
-        "addopts=",
-        "-q",
-        "--collect-only",
-        "-m",
-        "slow or not slow",
-        *files,
-    ]
+        sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "--collect-only", "-m", "slow or not slow", *files,
+    ]  # fmt: skip
     known = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
     made: list[str] = []
     for name in names:

@@ -5,7 +5,6 @@
 
 import gc
 import importlib
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -14,6 +13,8 @@ import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from processes import CONTEXT
 
 HERE = Path(__file__).parent
 
@@ -61,13 +62,12 @@ class Ranks:
         return found
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
         handle, store = tempfile.mkstemp(prefix="tare-ranks-")
         os.close(handle)
         os.unlink(store)
         for rank in range(self.size):
-            here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.size, store, there, sys.path), daemon=True)
+            here, there = CONTEXT.Pipe()
+            process = CONTEXT.Process(target=_serve, args=(rank, self.size, store, there, sys.path), daemon=True)
             process.start()
             there.close()
             self._started.append((process, here))

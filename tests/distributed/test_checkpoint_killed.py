@@ -1,6 +1,5 @@
 """kill -9 of either rank at every stage of a sharded save, beside the training or not: the previous checkpoint or the new one, no mix."""
 
-import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -9,12 +8,9 @@ from typing import Any
 import pytest
 import torch
 import work_checkpoint as work
+from processes import CONTEXT
 
 from tare.train import checkpoint, integrity
-
-# Forked from a server that has imported everything once.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["work_checkpoint", "torch.distributed.fsdp"])
 
 # rank, stage, whether the new checkpoint is there afterwards
 STAGES = [

@@ -1,14 +1,12 @@
 """Processes part without aborting: in peace, after a fault that all hear of, and after one in the middle of a step."""
 
-import multiprocessing
 import socket
 from typing import Any
 
 import pytest
 import work_teardown as work
+from processes import CONTEXT
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["work_teardown"])
 CASES = [(how, end, again) for again in range(9) for end in ("peace", "fault", "step") for how in ("ddp", "fsdp")]
 SHORT = (("ddp", "peace", 0), ("ddp", "fault", 0), ("fsdp", "step", 0))
 

@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import json
-import multiprocessing
 import os
 import resource
 import signal
@@ -15,14 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from processes import CONTEXT
 from safetensors.torch import load_file
 
 from tare.train import loop, progress
 from tare.train.config import DataConfig, MethodConfig, ModelConfig, RunConfig, RunSection, TrainConfig
-
-# Children are forked from a server that has imported everything once, so that a killed run costs no second import.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tare.train.loop", "transformers.models.llama.modeling_llama", "tare.methods.galore"])
 
 
 @functools.cache
@@ -99,8 +95,9 @@ def finish(job: RunConfig, **how: Any) -> int:
 
 def kill_after(process: Any, seconds: float, begun: bool = False) -> bool:
     """SIGKILL after a while, counted from its first step if `begun`; whether it was still running."""
+    until = time.monotonic() + 120
     while begun and process.exitcode is None and not process.begun.wait(0.05):
-        pass
+        assert time.monotonic() < until, "the run never steps"
     process.join(seconds)
     alive = process.exitcode is None
     process.kill()
