@@ -20,3 +20,8 @@ def ranks2() -> Iterator[Ranks]:
 @pytest.fixture(scope="module")
 def ranks3() -> Iterator[Ranks]:
     yield from _pool(3)
+
+
+@pytest.fixture(scope="module")
+def ranks4() -> Iterator[Ranks]:
+    yield from _pool(4)

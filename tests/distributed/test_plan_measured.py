@@ -18,9 +18,9 @@ CUT = [
 ]  # fmt: skip
 
 
-def planned(name: str, key: str, parallel: str, **own: Any) -> Any:
+def planned(name: str, key: str, parallel: str, gpus: int = 2, **own: Any) -> Any:
     return tare.plan(
-        config_of(name), batch=8, seq=64, methods=[key], gpus=2, parallel=parallel, hyper=own.pop("hyper", {}), **own
+        config_of(name), batch=8, seq=64, methods=[key], gpus=gpus, parallel=parallel, hyper=own.pop("hyper", {}), **own
     )
 
 

@@ -32,14 +32,16 @@ def build(dtype: torch.dtype = torch.float64) -> nn.Sequential:
 
 
 def job(how: str, method: str = "torch", dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Any]:
-    """A model as one process has it, or under DDP, FSDP2 or HSDP, and an optimizer on it; the inner model, not DDP's."""
+    """A model as one process has it, or under DDP, FSDP2 or HSDP (by default copies alone; `hsdp2`: each copy cut in two), and an optimizer
+    on it; the inner model, not DDP's."""
     model = build(dtype)
     if how == "fsdp":
         for layer in model:
             fully_shard(layer)
         fully_shard(model)
-    elif how == "hsdp":
-        mesh = init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("replicate", "shard"))
+    elif how.startswith("hsdp"):
+        shards = int(how.removeprefix("hsdp") or 1)
+        mesh = init_device_mesh("cpu", (dist.get_world_size() // shards, shards), mesh_dim_names=("replicate", "shard"))
         fully_shard(model, mesh=mesh)
     elif how == "ddp":
         DistributedDataParallel(model)

@@ -55,6 +55,7 @@ def cut(net: nn.Module, mesh: Any = None) -> nn.Module:
 WRAPS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "ddp": DistributedDataParallel, "fsdp": cut,
     "hsdp": lambda net: cut(net, init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("copies", "rows"))),
+    "hsdp2": lambda net: cut(net, init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("copies", "rows"))),
 }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from tare.core.recipe import Recipe
 from tare.core.shard.apart import apart_for
 from tare.core.southwell import Greedy
 from tare.core.storage import Storage
+from tare.parallel.wrap import mesh_of
 from tare.rules.lion_kappa import LionKappa
 from tare.rules.maps import RowNorm
 from tare.testing import sharded
@@ -139,9 +140,12 @@ def refusals(rank: int, size: int) -> dict[str, str]:
     return found
 
 
-def fully_sharded(rank: int, size: int, keys: list[str]) -> dict[str, float]:
-    """key -> largest gap between weights trained by FSDP2 on parts of a batch, and by one process on all of it."""
-    mesh, gaps = sharded.mesh_of(size), {}
+def fully_sharded(rank: int, size: int, keys: list[str], shards: int | None = None) -> dict[str, float]:
+    """key -> largest gap between weights trained by FSDP2 on parts of a batch, and by one process on all of it.
+
+    shards: ranks among which they are cut, and that is repeated (HSDP).
+    """
+    mesh, gaps = mesh_of("cpu", shards or size, size // (shards or size)), {}
     tokens, targets = batch()
     share = slice(rank * len(tokens) // size, (rank + 1) * len(tokens) // size)
     for key in keys:

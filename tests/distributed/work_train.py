@@ -22,6 +22,7 @@ from tare.train.session import Session
 
 DATA = PackedDataset.batch
 VOCAB, WIDTH, SEQ = 31, 12, 9  # neither divides by two or three
+BATCH = 12
 
 
 class Block(nn.Module):
@@ -85,7 +86,7 @@ def build(config: RunConfig, crew: group.Crew, options: dict[str, Any], tied: bo
 
 def settings(method: str, parallel: str | None, **changes: Any) -> RunConfig:
     release = changes.pop("release", False)
-    train = TrainConfig(steps=8, batch=6, warmup=0, parallel=parallel, **changes)  # type: ignore[arg-type]
+    train = TrainConfig(steps=8, batch=BATCH, warmup=0, parallel=parallel, **changes)  # type: ignore[arg-type]
     return RunConfig(method=MethodConfig(method, release=release), train=train)
 
 
@@ -103,12 +104,12 @@ def beside(
     tied: bool = False,
     **changes: Any,
 ) -> dict[str, Any]:
-    """How far steps together are from steps alone, in weights, losses and norms."""
+    """How far steps together are from steps alone, in weights, losses and norms. The batch divides by two, three and four."""
     alone = build(settings(method, None, **{**changes, "shards": None, "sync": None}), group.Crew(), options, tied)
     with group.join() as crew:
         job = build(settings(method, parallel, **changes), crew, options, tied)
         far = {"loss": 0.0, "norm": 0.0, "weight": 0.0}
-        each = 6 * changes.get("accumulate", 1)
+        each = BATCH * changes.get("accumulate", 1)
         for number in range(steps):
             mine, theirs = (step.take_step(one, number * each) for one in (job, alone))
             assert not mine.problem, mine.problem
@@ -146,12 +147,12 @@ def one_bad(rank: int, size: int, parallel: str, where: str, who: int) -> dict[s
             elif bad:
                 spoil = lambda module, args, out: out.register_hook(lambda grad: grad * math.nan) and None  # noqa: E731
                 handle = job.model.layers[0].up_proj.register_forward_hook(spoil)
-            found.append(step.take_step(job, 6 * number))
+            found.append(step.take_step(job, BATCH * number))
             job.model.poison = 0.0
             if handle is not None:
                 handle.remove()
             if number != 1:
-                step.take_step(alone, 6 * number)
+                step.take_step(alone, BATCH * number)
         with torch.no_grad():
             both = zip(job.model.parameters(), alone.model.parameters(), strict=True)
             far = max(float((whole(p) - other).abs().max()) for p, other in both)
@@ -282,8 +283,8 @@ def uneven(rank: int, size: int) -> dict[str, float]:
         return {"far": far, "unweighted": abs(plain - float(found[1][-1]))}
 
 
-def traffic(rank: int, size: int, parallel: str, accumulate: int) -> dict[str, Any]:
-    """Bytes handed to collectives of the default group in a step, and what `Spread.traffic` says."""
+def traffic(rank: int, size: int, parallel: str, accumulate: int, **more: Any) -> dict[str, Any]:
+    """Bytes handed to collectives in a step, and what `Spread.traffic` says."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Counting(TorchDispatchMode):
@@ -306,8 +307,8 @@ def traffic(rank: int, size: int, parallel: str, accumulate: int) -> dict[str, A
             return func(*args, **(kwargs or {}))
 
     with group.join() as crew:
-        job = build(settings("adamw", parallel, accumulate=accumulate), crew, {})
+        job = build(settings("adamw", parallel, accumulate=accumulate, **more), crew, {})
         step.take_step(job, 0)
         with Counting() as counting:
-            step.take_step(job, 6 * accumulate)
+            step.take_step(job, BATCH * accumulate)
         return {"counted": counting.found, "formula": job.spread.traffic(accumulate)}

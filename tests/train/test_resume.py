@@ -91,7 +91,7 @@ def killed_at_random(out: Path, seed: int, kills: int) -> int:
     """Kill the run at random moments of its steps and saves, resuming in between; how many kills met a living process."""
     chance, met = random.Random(seed), 0
     for _ in range(kills):
-        met += kill_after(start(config(out, resume=out.exists()), slow=0.05), chance.uniform(0.0, 1.0), begun=True)
+        met += kill_after(start(config(out, resume=out.exists()), slow=0.1), chance.uniform(0.0, 0.5), begun=True)
     assert finish(config(out, resume=out.exists())) == 0
     return met
 

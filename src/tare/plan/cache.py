@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 
 T = TypeVar("T")
+ABOVE = ("cli", "report", "testing", "train")  # rooms that no plan depends on
 
 
 def cache_folder() -> Path:
@@ -50,15 +51,22 @@ def _key(what: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+def deciding_files() -> list[Path]:
+    """tare's own files that decide about memory: all but those of the rooms that stand on plans and say only what becomes of them."""
+    root = Path(__file__).parent.parent
+    return sorted(
+        file
+        for file in root.rglob("*.*")
+        if file.is_file() and "__pycache__" not in file.parts and file.relative_to(root).parts[0] not in ABOVE
+    )
+
+
 @functools.cache
 def _sources() -> str:
-    """A hash of tare's own files that decide about memory: a changed method must not meet an old plan."""
+    """A hash of those files: a changed method must not meet an old plan."""
     digest = hashlib.sha256()
-    root = Path(__file__).parent.parent
-    for room in ("core", "kernels", "rules", "subspace", "methods", "plan"):
-        for file in sorted((root / room).glob("*.*")):
-            if file.is_file():
-                digest.update(file.name.encode() + file.read_bytes())
+    for file in deciding_files():
+        digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()
 
 
