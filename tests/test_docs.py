@@ -44,6 +44,16 @@ def test_links_lead_to_files(page: Path) -> None:
         assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tests_that_are_named_exist(page: Path) -> None:
+    known = {path.name for path in (ROOT / "tests").rglob("*.py")}
+    for name in re.findall(r"`([\w/]+\.py)(?:::\w+)?`", page.read_text(encoding="utf-8")):
+        if name.startswith("tests/"):
+            assert (ROOT / name).is_file(), f"{page.name}: {name}"
+        elif name.startswith("test_"):
+            assert name in known, f"{page.name}: {name}"
+
+
 def test_every_name_of_an_axis_is_in_the_docs() -> None:
     text = (ROOT / "docs" / "composition.md").read_text(encoding="utf-8")
     for name in (*BASES, *RESIDUALS, *MAPS, *RULES, *SIDES):

@@ -1,4 +1,4 @@
-"""What the ranks do for `test_plan_ranks`: real steps of real models, measured."""
+"""What the ranks do for `test_plan_measured`: real steps of real models, measured."""
 
 import statistics
 from typing import Any
