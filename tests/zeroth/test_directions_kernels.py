@@ -127,6 +127,39 @@ def test_native_writes_the_twins_bits(native, law, dtype, split, key, decay, fro
 
 
 @pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize(("dtype", "split"), FORMS)
+@pytest.mark.parametrize("itself", [False, True])
+@pytest.mark.parametrize("decay", [1.0, 0.9, 0.0])
+def test_only_small_numbers_count(native, law, dtype, split, itself, decay):
+    """Native and twin agree, and what is left out keeps its bits: a signed zero too."""
+    if split and decay == 0.0:
+        return
+    for n, start in ((1, 3), (45, 31), (2000, FAR)):
+        ours = numbers(n, dtype)
+        ours[0], of = -0.0, numbers(n, dtype, 1)
+        limit = float(of.float().abs().median())
+        of[0], of[n // 2] = math.inf, -math.inf
+        if itself:
+            ours = of.clone()
+        else:
+            of[n // 3] = math.nan
+        low = torch.zeros(n, dtype=torch.int8) if split else None
+        before, theirs, rest = ours.clone(), ours.clone(), None if low is None else low.clone()
+        how = {"law": law, "decay": decay, "alpha": -0.3, "start": start, "limit": limit}
+        assert native_directions.write_(ours, KEYS, C, **how, low=low, of=ours if itself else of)
+        bound = torch.tensor(limit, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        directions.write_(theirs, KEYS, C, **{**how, "limit": bound}, low=rest, of=theirs if itself else of)
+        assert torch.equal(bits(ours), bits(theirs))
+        out = ~(of.abs() <= limit)
+        if decay == 1.0 and not split:
+            assert torch.equal(bits(ours)[out], bits(before)[out])
+        elif decay == 0.0:
+            assert torch.equal(bits(ours)[out], torch.zeros_like(bits(ours)[out]))
+        if n == 2000:
+            assert not torch.equal(bits(ours)[~out], bits(before)[~out])
+
+
+@pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("make", [filled, lambda law, *how: directions.draw(law, *how)], ids=["native", "plain"])
 def test_any_cut_gives_the_same_bits(native, law, make):
     whole = make(law, 5, FAR - 3, 3000)

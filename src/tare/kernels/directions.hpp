@@ -80,7 +80,33 @@ struct Job {
     int count;
     uint32_t group, head;  // of the first element: its group, and its place there
     int64_t n;
+    const void* of;  // numbers of the weight's form, or null: the sum counts only where |of| <= limit
+    int form;
+    double limit, nothing;  // nothing: the zero that takes its place elsewhere
 };
+static inline F kept(F x, F of, F limit, F nothing) {
+    const I in = (I)(bits<F>(bits<U>(of) & 0x7FFFFFFFu) <= limit);  // of a NaN not
+    return bits<F>((bits<I>(x) & in) | (bits<I>(nothing) & ~in));
+}
+template <class T> static void sieve(float* sum, const T* of, int n, double limit, double nothing) {
+    const F zero{}, most = zero + (float)limit, none = bits<F>(bits<U>(zero) | (__builtin_signbit(nothing) ? 0x80000000u : 0u));
+    const int full = n / L * L;
+    for (int i = 0; i < full; i += L) store(sum + i, kept(load<F>(sum + i), read(of + i), most, none));
+    if (n == full) return;
+    T of_[L];
+    float sum_[L];
+    sixteen::part(of_, of + full, n - full), sixteen::part(sum_, (const float*)sum + full, n - full);
+    store(sum_, kept(load<F>(sum_), read((const T*)of_), most, none));
+    memcpy(sum + full, sum_, (n - full) * sizeof(float));
+}
+static void sieve(const Job& j, float* sum, int64_t start, int n) {
+    if (j.form == 0) sieve(sum, (const float*)j.of + start, n, j.limit, j.nothing);
+    else sieve(sum, (const bf16*)j.of + start, n, j.limit, j.nothing);
+}
+static void sieve(const Job& j, double* sum, int64_t start, int n) {
+    const double* of = (const double*)j.of + start;
+    for (int i = 0; i < n; ++i) sum[i] = __builtin_fabs(of[i]) <= j.limit ? sum[i] : j.nothing;
+}
 template <bool FRESH> static inline void draw(const Job& j, float* sum, uint32_t group, int k, float c) {
     if (j.law == NORMALS) normals<FRESH>(sum, group, j.members[k], c);
     else signs<FRESH>(sum, group, j.members[k], c);
@@ -141,6 +167,7 @@ template <class T> static void run(const T target, const Job j, int threads, con
         alignas(64) typename T::Sum sum[PIECE];
         total(j, sum, j.group + (uint32_t)(p / GROUP));
         const int64_t begin = p < j.head ? j.head : p, end = p + PIECE < padded ? p + PIECE : padded;
+        if (j.of) sieve(j, sum + (begin - p), begin - j.head, (int)(end - begin));
         target.write(sum + (begin - p), begin - j.head, (int)(end - begin), r);
     }
 }
@@ -148,12 +175,13 @@ template <class T> static void run(const T target, const Job j, int threads, con
 
 extern "C" {
 // w: fp32, bf16 or fp64 (`form` 0, 1, 2); from: of the same dtype, what is stepped, w itself or another. low: the corrections of a split
-// weight, or null. start: number of the first element, whose n must not pass 2^32.
+// weight, or null. start: number of the first element, whose n must not pass 2^32. of, limit: see Job; of may be w.
 void tare_directions(int law, void* w, const void* from, int form, uint8_t* low, const directions::Member* members, const double* coefficients,
-                     int count, int64_t n, uint32_t start, int threads, const directions::Rates* r) {
+                     int count, int64_t n, uint32_t start, int threads, const directions::Rates* r, const void* of, double limit) {
     using namespace directions;
     using namespace sixteen;
-    const Job j{(Law)law, members, coefficients, count, start / GROUP, start % GROUP, n};
+    const double factor = r->alpha * r->scale, nothing = __builtin_copysign(0.0, r->decay == 0.0 ? -factor : factor);
+    const Job j{(Law)law, members, coefficients, count, start / GROUP, start % GROUP, n, of, form, limit, nothing};
     bf16 *half = (bf16*)w, *source = (bf16*)from;
     if (form == 2) directions::run(Wide{(double*)w, (const double*)from}, j, threads, *r);
     else if (low && r->noise.on) directions::run(Target<Pair<true>>{{half, low}, {half, low}}, j, threads, *r);

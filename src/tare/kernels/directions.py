@@ -6,6 +6,7 @@ libraries differ from device to device; the square root is the correctly rounded
 """
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -132,11 +133,25 @@ def draw(law: Law, key: int, start: int, count: int, device: torch.device | str 
     return torch.cat(parts) if len(parts) != 1 else parts[0]
 
 
+def nothing(decay: float, factor: float) -> float:
+    """The zero that, times `factor` and subtracted, leaves every bit of what it is subtracted from; with a decay of 0 it ends as +0."""
+    return math.copysign(0.0, -factor if decay == 0.0 else factor)
+
+
+def sieve_(total: Tensor, of: Tensor, limit: float | Tensor, zero: float) -> None:
+    """total <- `zero` where not |of| <= limit, compared in the dtype of a limit that is a tensor, else in fp32, or fp64 for fp64."""
+    if not isinstance(limit, Tensor):
+        limit = torch.tensor(
+            limit, dtype=torch.float64 if of.dtype == torch.float64 else torch.float32, device=of.device
+        )
+    total.masked_fill_((of.to(limit.dtype).abs() <= limit).logical_not_(), zero)
+
+
 @torch.no_grad()
 def write_(
     weight: Tensor, keys: Sequence[int], coefficients: Sequence[float], *, law: Law = "gaussian", decay: float = 1.0,
     alpha: float = -1.0, scale: float = 1.0, start: int = 0, source: Tensor | None = None, low: Tensor | None = None,
-    key: int | None = None,
+    key: int | None = None, of: Tensor | None = None, limit: float | Tensor = math.inf,
 ) -> None:  # fmt: skip
     """W <- decay W - alpha scale sum_k c_k z_k, rounded once into the weight's own form. The sum is formed first, in the order of `keys`.
 
@@ -152,6 +167,8 @@ def write_(
         source: what is stepped, if it is not the weight itself; of its dtype and size, contiguous.
         low: int8, the corrections of a bf16 weight in 24 bits (see `split24`).
         key: stochastic rounding of a bf16 weight (see `rounding`), of a split one at its 24th bit; None: to nearest.
+        of: as many numbers, the weight itself or others: the sum counts only where |of| <= limit. Elsewhere the old weight is decayed and
+            no more: with a decay of 1 it keeps its bits.
     """
     flat, stepped = weight.view(-1), (weight if source is None else source).view(-1)
     size = chunk_elements(weight.device)
@@ -162,6 +179,8 @@ def write_(
         total = torch.zeros(count, dtype=dtype, device=weight.device)
         for k, c in zip(keys, coefficients, strict=True):
             total.add_(draw(law, k, first, count, weight.device).to(dtype).mul_(c))
+        if of is not None:
+            sieve_(total, of.view(-1)[at], limit, nothing(decay, alpha * scale))
         total.mul_(scale)
         if low is not None:
             split24.write_split_(flat[at], low.view(-1)[at], total, decay=decay, alpha=alpha, key=key, start=first)

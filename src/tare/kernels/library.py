@@ -82,7 +82,22 @@ def _declare(library: ctypes.CDLL) -> None:
         "tare_mirror": [p, n, i],
         "tare_groups_step": [p, p, p, p, n, i, i, i, step],
         "tare_groups_decode": [p, i, p, p, p, p, i, n, i, i],
-        "tare_directions": [i, p, p, i, p, p, p, i, n, ctypes.c_uint32, i, ctypes.POINTER(Directions)],
+        "tare_directions": [
+            i,
+            p,
+            p,
+            i,
+            p,
+            p,
+            p,
+            i,
+            n,
+            ctypes.c_uint32,
+            i,
+            ctypes.POINTER(Directions),
+            p,
+            ctypes.c_double,
+        ],
     }.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, None

@@ -4,6 +4,7 @@ The twin is `directions`.
 """
 
 import ctypes
+import math
 from collections.abc import Sequence
 
 import torch
@@ -22,12 +23,12 @@ _LAWS: tuple[Law, ...] = ("gaussian", "signs")
 def write_(
     weight: Tensor, keys: Sequence[int], coefficients: Sequence[float], *, law: Law = "gaussian", decay: float = 1.0,
     alpha: float = -1.0, scale: float = 1.0, start: int = 0, source: Tensor | None = None, low: Tensor | None = None,
-    key: int | None = None,
+    key: int | None = None, of: Tensor | None = None, limit: float | Tensor = math.inf,
 ) -> bool:  # fmt: skip
     """`directions.write_`, where the arguments are explained, in one pass; the same bits.
 
     Args:
-        weight: fp32, bf16 or fp64.
+        weight: fp32, bf16 or fp64. of: of the same dtype.
 
     Returns:
         True when done; False when nothing was touched.
@@ -36,6 +37,8 @@ def write_(
     wanted: list[tuple[Tensor, tuple[torch.dtype, ...], int | None]] = [(weight, _FORMS if low is None else BF16, None)]
     if source is not None:
         wanted.append((source, (weight.dtype,), None))
+    if of is not None:
+        wanted.append((of, (weight.dtype,), None))
     if low is not None:
         wanted.append((low, (torch.int8,), None))
     if not fits(n, *wanted) or (low is not None and (source is not None or decay == 0.0)):
@@ -44,7 +47,7 @@ def write_(
     if native is None:
         return False
     members, done = len(keys), 0
-    sizes = weight.element_size()
+    sizes, bound = weight.element_size(), 0.0 if of is None else float(limit)
     numbers = (ctypes.c_double * members)(*coefficients)
     for high, first, count in segments(start, n):
         rounded = noise(key if weight.dtype == torch.bfloat16 else None, (high << 32) + first, count)
@@ -63,6 +66,8 @@ def write_(
             first,
             torch.get_num_threads(),
             Directions(decay, alpha, scale, rounded),
+            None if of is None else of.data_ptr() + done * sizes,
+            bound,
         )
         done += count
     written(weight, *(() if low is None else (low,)))

@@ -221,12 +221,13 @@ def _directions(law: directions.Law, weight: torch.dtype, split: bool = False) -
     """Two directions added to a weight over a multiple of 2^32, not at the beginning of a group: equal bit for bit."""
     n, good = 1333, True
     how: dict[str, Any] = {"law": law, "decay": 0.999, "alpha": 0.3, "start": (1 << 32) - 700}
-    for key in (None, 5):
+    for key, sieved in ((None, False), (5, False), (None, True)):
         ours = _wave(n, 1.3).to(weight)
         low = torch.zeros(n, dtype=torch.int8, device="cpu") if split else None
         theirs, rest = ours.clone(), None if low is None else low.clone()
-        good &= native_directions.write_(ours, (3, 1 << 63), (0.7, -1e-3), **how, low=low, key=key)
-        directions.write_(theirs, (3, 1 << 63), (0.7, -1e-3), **how, low=rest, key=key)
+        mine, other = (x if sieved else None for x in (ours, theirs))
+        good &= native_directions.write_(ours, (3, 1 << 63), (0.7, -1e-3), **how, low=low, key=key, of=mine, limit=0.4)
+        directions.write_(theirs, (3, 1 << 63), (0.7, -1e-3), **how, low=rest, key=key, of=other, limit=0.4)
         good &= torch.equal(ours, theirs) and (low is None or rest is None or torch.equal(low, rest))
     return good
 

@@ -121,13 +121,13 @@ class Law:
         return target
 
     def write_(
-        self, target: Tensor, terms: Sequence[tuple[Draw, float]], *, decay: float, alpha: float, scale: float = 1.0,
-        start: int = 0, low: Tensor | None = None, key: int | None = None,
+        self, target: Tensor, terms: Sequence[tuple[Draw, float]], state: State, weight: Tensor, *, decay: float, alpha: float,
+        scale: float = 1.0, start: int = 0, low: Tensor | None = None, key: int | None = None,
     ) -> None:  # fmt: skip
         """target <- decay target - alpha scale (sum of coefficient z over `terms`), in one pass; only where `fuses`.
 
-        target: elements of the leaf from `start` on, of any shape. low, key: how a bf16 weight is kept and rounded (see
-        `kernels.directions.write_`).
+        target: elements of the leaf from `start` on, of any shape. weight: the whole leaf, which may be what is written. low, key: how a
+        bf16 weight is kept and rounded (see `kernels.directions.write_`).
         """
         raise NotImplementedError
 
@@ -158,34 +158,35 @@ class Elementwise(Law):
         """What its numbers are multiplied by."""
         return 1.0
 
-    def _sum(self, terms: Sequence[tuple[Draw, float]], device: torch.device) -> dict[str, Any]:
+    def total(self, terms: Sequence[tuple[Draw, float]], device: torch.device) -> dict[str, Any]:
+        """The sum over `terms` as `write_sum` takes it."""
         coefficients = [scale * self.gain(draw, device) for draw, scale in terms]
         return {"keys": [draw.key for draw, _ in terms], "coefficients": coefficients, "law": self.stream}
 
     def draw(self, draw: Draw, state: State, weight: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         stop = draw.leaf.numel if stop is None else stop
         z = torch.empty(stop - start, dtype=draw.leaf.compute_dtype, device=weight.device)
-        write_sum(z, **self._sum([(draw, 1.0)], weight.device), decay=0.0, start=start)
+        write_sum(z, **self.total([(draw, 1.0)], weight.device), decay=0.0, start=start)
         return z
 
     def add_(self, target: Tensor, draw: Draw, state: State, weight: Tensor, scale: float, start: int = 0) -> None:
-        write_sum(target, **self._sum([(draw, scale)], target.device), start=start)
+        write_sum(target, **self.total([(draw, scale)], target.device), start=start)
 
     def gather_(
         self, target: Tensor, terms: Sequence[tuple[Draw, float]], state: State, weight: Tensor, start: int = 0
     ) -> None:
-        write_sum(target, **self._sum(terms, target.device), start=start)
+        write_sum(target, **self.total(terms, target.device), start=start)
 
     def moved(self, source: Tensor, terms: Sequence[tuple[Draw, float]], state: State, weight: Tensor) -> Tensor:
         target = torch.empty_like(source)
-        write_sum(target, **self._sum(terms, target.device), source=source)
+        write_sum(target, **self.total(terms, target.device), source=source)
         return target
 
     def write_(
-        self, target: Tensor, terms: Sequence[tuple[Draw, float]], *, decay: float, alpha: float, scale: float = 1.0,
-        start: int = 0, low: Tensor | None = None, key: int | None = None,
+        self, target: Tensor, terms: Sequence[tuple[Draw, float]], state: State, weight: Tensor, *, decay: float, alpha: float,
+        scale: float = 1.0, start: int = 0, low: Tensor | None = None, key: int | None = None,
     ) -> None:  # fmt: skip
-        how = self._sum(terms, target.device)
+        how = self.total(terms, target.device)
         write_sum(target, **how, decay=decay, alpha=alpha, scale=scale, start=start, low=low, key=key)
 
 

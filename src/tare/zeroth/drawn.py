@@ -27,13 +27,15 @@ CHUNK = 1 << 18  # elements drawn at once on the CPU by laws that can draw a par
 
 def write_sum(
     weight: Tensor, keys: Sequence[int], coefficients: Sequence[float], *, law: directions.Law, decay: float = 1.0,
-    alpha: float = -1.0, scale: float = 1.0, start: int = 0, source: Tensor | None = None, **rounding: Any,
+    alpha: float = -1.0, scale: float = 1.0, start: int = 0, source: Tensor | None = None, of: Tensor | None = None,
+    limit: float | Tensor = math.inf, **rounding: Any,
 ) -> None:  # fmt: skip
     """W <- decay W - alpha scale sum_k c_k z_k; as it stands W <- W + sum_k c_k z_k. See `kernels.directions.write_`.
 
     weight, source: floating, of any strides; elements are counted row-major. rounding: `key` and `low` of contiguous bf16 weights.
+    of: [numel]; the sum counts only where |of| <= limit.
     """
-    how = {"law": law, "decay": decay, "alpha": alpha, "scale": scale, **rounding}
+    how = {"law": law, "decay": decay, "alpha": alpha, "scale": scale, "of": of, "limit": limit, **rounding}
     contiguous = weight.is_contiguous() and (source is None or source.is_contiguous())
     if contiguous and native_directions.write_(weight, keys, coefficients, start=start, source=source, **how):
         return
@@ -46,6 +48,9 @@ def write_sum(
         total = torch.empty(target.shape, dtype=dtype, device=weight.device)
         if not native_directions.write_(total, keys, coefficients, law=law, decay=0.0, start=start + first):
             directions.write_(total, keys, coefficients, law=law, decay=0.0, start=start + first)
+        if of is not None:
+            mine, zero = of[first : first + total.numel()].view(total.shape), directions.nothing(decay, alpha * scale)
+            directions.sieve_(total, mine, limit, zero)
         total.mul_(scale).mul_(alpha)
         target.copy_(total.neg_() if decay == 0.0 else old.to(dtype, copy=True).mul_(decay).sub_(total))
 
@@ -83,15 +88,19 @@ class Drawn(Delta):
         if how.get("key") is not None and self.leaf.start:
             how["key"] = int(how["key"])  # shifted to the piece, as `start` is
         how["start"] = self.leaf.start + start
-        self.leaf.directed.law.write_(weight, self.parts, decay=beta, alpha=alpha, scale=self.scale, **how)
+        leaf = self.leaf
+        law, whole = leaf.directed.law, leaf.parameter.detach()
+        law.write_(weight, self.parts, leaf.state, whole, decay=beta, alpha=alpha, scale=self.scale, **how)
 
     def rows(self, start: int, stop: int) -> Tensor:
         width, known = math.prod(self.shape[1:]), self.shape[0] if self.shape else 1
         stop = min(stop, known)
         leaf, weight = self.leaf.draw(0).leaf, self.leaf.parameter
         u = torch.empty((stop - start, *self.shape[1:]), dtype=leaf.compute_dtype, device=weight.device)
-        law = self.leaf.directed.law
-        law.write_(u, self.parts, decay=0.0, alpha=-1.0, scale=self.scale, start=self.leaf.start + start * width)
+        law, first = self.leaf.directed.law, self.leaf.start + start * width
+        law.write_(
+            u, self.parts, self.leaf.state, weight.detach(), decay=0.0, alpha=-1.0, scale=self.scale, start=first
+        )
         return u if self.shape else u.view(())
 
 

@@ -88,8 +88,10 @@ class LayerScaled(Wrapped):
         mine = self._mine(terms)
         return self.law.moved(source, mine, state, weight) if mine else source.clone()
 
-    def write_(self, target: Tensor, terms: Sequence[tuple[Draw, float]], **how: Any) -> None:
-        self.law.write_(target, self._mine(terms), **how)
+    def write_(
+        self, target: Tensor, terms: Sequence[tuple[Draw, float]], state: State, weight: Tensor, **how: Any
+    ) -> None:
+        self.law.write_(target, self._mine(terms), state, weight, **how)
 
     def _mine(self, terms: Sequence[tuple[Draw, float]]) -> list[tuple[Draw, float]]:
         """Those of members that move every layer, or this one alone."""

@@ -16,7 +16,8 @@ from tare.core.state import State
 from tare.core.tensors import is_fake
 from tare.core.transform import StateSpec
 from tare.zeroth.bitmasks import pack_bits, packed_numel, unpack_bits
-from tare.zeroth.directions import Draw, spans
+from tare.zeroth.directions import Draw, Elementwise, spans
+from tare.zeroth.drawn import write_sum
 from tare.zeroth.wrapped import Wrapped
 
 Mask = Literal["dynamic", "constant", "random"]
@@ -62,7 +63,12 @@ class Masked(Wrapped):
 
     @property
     def fuses(self) -> bool:  # type: ignore[override]
-        return self.law.fuses and self.sparsity == 0.0
+        return self.law.fuses and (self.sparsity == 0.0 or self._sieves)
+
+    @property
+    def _sieves(self) -> bool:
+        """Whether one pass can draw, compare with the threshold, and write."""
+        return self.mask == "dynamic" and isinstance(self.law, Elementwise)
 
     def masks(self, leaf: Leaf) -> bool:
         """Whether anything of a leaf is left out."""
@@ -128,6 +134,9 @@ class Masked(Wrapped):
         if not terms or not self.masks(terms[0][0].leaf):
             self.law.gather_(target, terms, state, weight, start)
             return
+        if self._sieves and not isinstance(weight, Int8Weight):
+            write_sum(target, **self._sieve(terms, state, weight, start, target.numel()))
+            return
         draw = terms[0][0]
         if not self.partial or not target.is_contiguous():
             before = target.clone()
@@ -145,8 +154,35 @@ class Masked(Wrapped):
             self.law.gather_(part, terms, state, weight, start + first)
             part.copy_(torch.where(kept, part, before))
 
-    def write_(self, target: Tensor, terms: Sequence[tuple[Draw, float]], **how: Any) -> None:
-        self.law.write_(target, terms, **how)  # only where nothing is left out
+    def moved(self, source: Tensor, terms: Sequence[tuple[Draw, float]], state: State, weight: Tensor) -> Tensor:
+        if not terms or not self.masks(terms[0][0].leaf):
+            return self.law.moved(source, terms, state, weight)
+        if not self._sieves or isinstance(weight, Int8Weight):
+            return super().moved(source, terms, state, weight)
+        target = torch.empty_like(source)
+        write_sum(target, **self._sieve(terms, state, weight, 0, target.numel()), source=source)
+        return target
+
+    def write_(
+        self, target: Tensor, terms: Sequence[tuple[Draw, float]], state: State, weight: Tensor, *, start: int = 0, **how: Any
+    ) -> None:  # fmt: skip
+        if not terms or not self.masks(terms[0][0].leaf):
+            self.law.write_(target, terms, state, weight, start=start, **how)
+        elif isinstance(weight, Int8Weight):
+            assert how["decay"] == 0.0, "codes are written by groups, from what is drawn for them"
+            self.law.write_(target, terms, state, weight, start=start, **how)
+            kept = self.member(terms[0][0], state, weight, start, start + target.numel())
+            target.masked_fill_(kept.logical_not_().view(target.shape), 0.0)
+        else:
+            write_sum(target, **self._sieve(terms, state, weight, start, target.numel()), **how)
+
+    def _sieve(
+        self, terms: Sequence[tuple[Draw, float]], state: State, weight: Tensor, start: int, count: int
+    ) -> dict[str, Any]:
+        """What `write_sum` is to add to the elements from `start` on, and to which of them."""
+        assert isinstance(self.law, Elementwise)
+        of = weight.reshape(-1)[start : start + count]
+        return {**self.law.total(terms, weight.device), "start": start, "of": of, "limit": state[THRESHOLD]}
 
     def factor(self, leaf: Leaf) -> float:
         return self.law.factor(replace(leaf, shape=(self.kept(leaf),)) if self.masks(leaf) else leaf)

@@ -3,6 +3,7 @@
 Every element is drawn by itself: its partner's logarithm is computed twice, which a GPU does not notice beside the memory.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -74,16 +75,18 @@ def _write(
 def write_(
     weight: Tensor, keys: Sequence[int], coefficients: Sequence[float], *, law: Law = "gaussian", decay: float = 1.0,
     alpha: float = -1.0, scale: float = 1.0, start: int = 0, source: Tensor | None = None, low: Tensor | None = None,
-    key: int | None = None,
+    key: int | None = None, of: Tensor | None = None, limit: float | Tensor = math.inf,
 ) -> bool:  # fmt: skip
     """`kernels.directions.write_`, where the arguments are explained; the same bits.
 
     Args:
-        weight: fp32 or bf16.
+        weight: fp32 or bf16. of: none; with it nothing is done.
 
     Returns:
         True when done; False when nothing was touched.
     """
+    if of is not None:
+        return False
     n = weight.numel()
     wanted: list[tuple[Tensor, tuple[torch.dtype, ...], int | None]] = [
         (weight, FLOATS if low is None else (BF16,), None)
