@@ -43,6 +43,10 @@ def test_steps_are_those_of_one_process(
     assert [each["rows"] for each in found] == [16, 15, 16, 15]
 
 
+def test_copies_that_drift_apart_are_named(ranks4: Ranks) -> None:
+    assert ranks4.run("work_train", "apart_in_pieces") == [(None, (3, "layers.1.down_proj.bias"))] * 4
+
+
 def test_what_a_step_sends_is_the_formula(ranks4: Ranks) -> None:
     for accumulate in (1, 2):
         for each in ranks4.run("work_train", "traffic", parallel="hsdp", accumulate=accumulate, shards=2):

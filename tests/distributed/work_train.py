@@ -133,30 +133,53 @@ def beside(
         }
 
 
-def one_bad(rank: int, size: int, parallel: str, where: str, who: int) -> dict[str, Any]:
-    """A value that is not finite on one rank: in its loss, or in its gradient alone. Steps 0 and 2 are good, step 1 is not."""
+def one_bad(
+    rank: int, size: int, parallel: str, where: str, who: int, method: str = "adamw", options: dict[str, Any] | None = None,
+    micro: int = 1, **changes: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """A value that is not finite on one rank: in its loss, or in its gradient alone. Steps 0 and 2 are good, step 1 is not.
+
+    micro: the micro-batch that is bad.
+    """
     with group.join() as crew:
-        job = build(settings("adamw", parallel), crew, {})
-        alone = build(settings("adamw", None), group.Crew(), {})
-        found = []
+        job = build(settings(method, parallel, **changes), crew, options or {})
+        alone = build(settings(method, None, **{**changes, "sync": None, "shards": None}), group.Crew(), options or {})
+        found, each = [], BATCH * changes.get("accumulate", 1)
         for number in range(3):
-            bad = number == 1 and rank == who
-            handle = None
-            if bad and where == "loss":
-                job.model.poison = math.inf
-            elif bad:
-                spoil = lambda module, args, out: out.register_hook(lambda grad: grad * math.nan) and None  # noqa: E731
+            seen, handle = [0], None
+
+            def spoil(module: nn.Module, args: Any, out: Any = None, seen: list[int] = seen) -> Any:
+                seen[0] += 1
+                if where == "loss":
+                    job.model.poison = math.inf if seen[0] == micro else 0.0
+                elif seen[0] == micro:
+                    out.register_hook(lambda grad: grad * math.nan)
+
+            if number == 1 and rank == who and where == "loss":
+                handle = job.model.register_forward_pre_hook(spoil)
+            elif number == 1 and rank == who:
                 handle = job.model.layers[0].up_proj.register_forward_hook(spoil)
-            found.append(step.take_step(job, BATCH * number))
+            found.append(step.take_step(job, each * number))
             job.model.poison = 0.0
             if handle is not None:
                 handle.remove()
             if number != 1:
-                step.take_step(alone, BATCH * number)
+                step.take_step(alone, each * number)
         with torch.no_grad():
             both = zip(job.model.parameters(), alone.model.parameters(), strict=True)
             far = max(float((whole(p) - other).abs().max()) for p, other in both)
         return {"problems": [each.problem for each in found], "far": far}
+
+
+def apart_in_pieces(rank: int, size: int) -> Any:
+    """The same of HSDP, two copies of weights that are cut in two: what rank 3 has is compared with what rank 1 has."""
+    with group.join() as crew:
+        job = build(settings("adamw", "hsdp", shards=2), crew, {})
+        before = wrap.differing(job.model, crew, 2)
+        if rank == 3:
+            with torch.no_grad():
+                local(job.model.layers[1].down_proj.bias)[-1] += 1e-12
+        return before, wrap.differing(job.model, crew, 2)
 
 
 def apart(rank: int, size: int) -> Any:

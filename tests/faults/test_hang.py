@@ -150,6 +150,8 @@ def test_only_the_run_of_this_launch_goes_on_by_itself(tmp_path: Path, monkeypat
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
     assert not restarts.going_on(job).run.resume
     restarts.mark(tmp_path)
+    assert not restarts.going_on(job).run.resume  # it ended before it began
+    (tmp_path / "config.yaml").touch()
     assert restarts.going_on(job).run.resume
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     assert not restarts.going_on(job).run.resume

@@ -122,6 +122,16 @@ def test_a_damage_is_named_and_the_run_can_go_on(case: str, out: Path) -> None:
     assert ("--config FILE" in str(report.command)) is (case == "config")
 
 
+def test_a_newer_format_is_said_as_a_resume_says_it(out: Path) -> None:
+    manifest = max((out / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1])) / "manifest.json"
+    said = {key: value for key, value in json.loads(manifest.read_text()).items() if key != "sha256"}
+    manifest.write_bytes(integrity._manifest({**said, "format": 99}))
+    report = examine(out)
+    assert report.resumes is None
+    assert report.code == 2
+    assert any("format" in finding.text for finding in report.findings if finding.level == "damaged")
+
+
 def test_what_a_kill_leaves_is_no_damage(out: Path) -> None:
     (out / "run.lock").write_text("999999\n")
     (out / "checkpoints" / f"step-9{integrity.TEMPORARY}ab").mkdir()

@@ -1,6 +1,7 @@
 """The folder of a run: who may write it, what may change on resume, what stands in it at the end."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -9,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 from train_runs import config, finish, kill_after, start, wait_for
 
 from tare.core.errors import CheckpointError, InputError
-from tare.train import metrics
+from tare.train import checkpoint, metrics
 from tare.train.adapters import AdapterConfig
 from tare.train.config import RunConfig
 from tare.train.configfile import load
+from tare.train.evaluate import EvalResult
 from tare.train.loop import train
 from tare.train.run import CHANGES, RunFolder, changes, inherit
 from tare.train.session import resolve
@@ -224,6 +227,82 @@ def test_data_that_changed_since_is_refused(tmp_path: Path) -> None:
     text.write_text(text.read_text().replace("one", "won"))
     with pytest.raises(CheckpointError, match="has changed since it was saved"):
         train(config(tmp_path / "run", resume=True, **job))
+
+
+def test_a_changed_config_of_the_model_is_refused_by_name(tmp_path: Path) -> None:
+    job = config(tmp_path / "run", steps=3)
+    shutil.copytree(job.model.name, tmp_path / "model")
+    job = replace(job, model=replace(job.model, name=str(tmp_path / "model")))
+    train(job)
+    file = tmp_path / "model" / "config.json"
+    said = json.loads(file.read_text())
+    again = replace(job, run=replace(job.run, resume=True))
+    file.write_text(json.dumps({**said, "transformers_version": "9.9", "use_cache": False}))
+    assert train(again).steps == 3
+    file.write_text(json.dumps({**said, "rms_norm_eps": 0.5}))
+    with pytest.raises(
+        CheckpointError, match=r"rms_norm_eps in the config.json of the model has changed since it was saved"
+    ):
+        train(again)
+
+
+def test_large_data_that_was_only_touched_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files above a size count by their time of change; with the same tokens they are the same."""
+    monkeypatch.setattr("tare.train.cache.HASHED_SOURCE", 100)
+    job = config(tmp_path / "run", steps=3)
+    data = Path(shutil.copy(job.data.source, tmp_path / "text.jsonl"))
+    job = replace(job, data=replace(job.data, source=str(data)))
+    train(job)
+    os.utime(data, (1, 1))
+    again = replace(job, run=replace(job.run, resume=True))
+    assert train(again).steps == 3
+    data.write_text(data.read_text() + json.dumps({"text": "one line more " * 200}) + "\n")
+    with pytest.raises(CheckpointError, match=r"the tokenizer has changed since"):  # it was trained on them
+        train(again)
+
+
+def test_an_evaluation_that_overflows_does_not_stop_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = EvalResult(math.nan, math.nan, 10)
+    monkeypatch.setattr("tare.train.trainer.evaluate", lambda *given, **more: lost)
+    assert train(config(tmp_path / "run", steps=4, checkpoint_every=2, eval_every=2)).steps == 4
+    assert checkpoint.load_latest(tmp_path / "run" / "checkpoints").step == 4  # type: ignore[union-attr]
+
+
+def test_damaged_checkpoints_do_not_count_as_kept(tmp_path: Path) -> None:
+    """After a fallback newer ones, damaged, would push out what is written next."""
+    out = tmp_path / "run"
+    train(config(out, steps=9, keep=3))
+    for step in (6, 9):
+        (out / "checkpoints" / f"step-{step}" / "trainer.json").write_text("{}")
+    done = train(config(out, steps=9, keep=2, checkpoint_every=1, resume=True))
+    assert done.steps == 9
+    there = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert there == ["step-6.damaged", "step-8", "step-9", "step-9.damaged"]
+    assert [step for step, _ in checkpoint.found(out / "checkpoints")] == [9, 8]
+    assert checkpoint.load_latest(out / "checkpoints").skipped == ()  # type: ignore[union-attr]
+
+
+def test_a_full_disk_under_the_model_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+
+    def full(place: Path) -> None:
+        (place / "half").write_text("half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(CheckpointError, match="model: could not be saved: no space left"):
+        folder.write_model(full)
+    assert sorted(path.name for path in folder.path.iterdir()) == ["run.lock"]
+    folder.close()
+
+
+def test_a_lock_given_free_twice_is_not_that_of_the_next(tmp_path: Path) -> None:
+    first = RunFolder(tmp_path / "run")
+    first.close()
+    second = RunFolder(tmp_path / "run")
+    first.close()
+    with pytest.raises(InputError, match="in use"):
+        RunFolder(tmp_path / "run")
+    second.close()
 
 
 def test_a_changed_learning_rate_is_used_and_warned_of(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 dtype of its parameter, which ruins 8-bit codes and fp32 moments of 16-bit weights (pytorch/pytorch#43706). This never converts.
 """
 
+import re
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from tare.core.errors import CheckpointError
 from tare.core.leaf import Leaf
 from tare.core.storage import Slot
+
+_WRAPPED = re.compile(r"(?:(?<=^)|(?<=\.))(?:_orig_mod|module)\.")
 
 
 def check_groups(mine: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
@@ -55,13 +58,23 @@ def place(value: Any, device: torch.device) -> Any:
 
 
 def match_order(mine: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> list[Any]:
-    """Saved parameter ids in the order of our parameters: by name where both sides have names, else by position."""
+    """Saved parameter ids in the order of our parameters: by name where both sides have the same names, by position where one has none or
+    all are other ones (a renamed model, as torch does it).
+
+    What `torch.compile` and DDP put before a name does not count. Raises `CheckpointError` where only some names are the same.
+    """
     order: list[Any] = []
-    for a, b in zip(mine, theirs, strict=True):
-        names, saved = a.get("param_names"), b.get("param_names")
-        if names and saved and sorted(names) == sorted(saved):
+    for number, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+        names, saved = ([_WRAPPED.sub("", name) for name in group.get("param_names") or []] for group in (a, b))
+        if set(names) == set(saved) and names:
             by_name = dict(zip(saved, b["params"], strict=True))
             order += [by_name[name] for name in names]
+        elif set(names) & set(saved):
+            lost = sorted(set(names) - set(saved))[0]
+            raise CheckpointError(
+                f"load_state_dict: group {number} of the state has no {lost!r}, but others of its names; build the optimizer from the same "
+                "parameters"
+            )
         else:
             order += b["params"]
     return order

@@ -85,6 +85,11 @@ class Crew:
         return self.rank if self.shares == "data" else 0
 
     @property
+    def on_host(self) -> int:
+        """How many there are on this machine, as torchrun says; else all."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE") or self.size)
+
+    @property
     def bytes_sent(self) -> int:
         """By this worker, until now."""
         return self.sent + (self.exchange.sent if self.exchange is not None else 0)

@@ -81,6 +81,20 @@ class Spread:
         elif self.form == "fsdp":
             self.module.set_requires_gradient_sync(last or self.each)  # type: ignore[operator]
 
+    def drop(self) -> None:
+        """Forget the gradients of a step that is not taken, those too that FSDP2 keeps whole until the last micro-batch, out of the
+        reach of `zero_grad`."""
+        if self.form != "fsdp" or self.each:
+            return
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in self.module.modules():
+            group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
+            for param in group.fsdp_params if group else ():
+                param.unsharded_accumulated_grad = None
+                if (whole := getattr(param, "_unsharded_param", None)) is not None:
+                    whole.grad = None
+
     def traffic(self, batches: int) -> dict[str, int]:
         """Bytes that this process hands to collectives for weights and gradients in a step of so many micro-batches, by kind.
 
@@ -306,16 +320,18 @@ def local_weights(model: nn.Module) -> dict[str, Tensor]:
     return {part: local(inner) for name, t in named for part, inner in plain_parts(name, t.detach()).items()}
 
 
-def differing(model: nn.Module, crew: Crew) -> tuple[int, str] | None:
+def differing(model: nn.Module, crew: Crew, shards: int = 1) -> tuple[int, str] | None:
     """A process whose weights are not those of process 0, and the first leaf that differs; None if all are the same.
 
     Compared are sums of the bits of every leaf, weighted by place, modulo 2^64. All call it together.
+
+    shards: of HSDP: process r is compared with r modulo shards, which has the same pieces.
     """
     weights = local_weights(model)
     rows = crew.gather({name: fold(tensor) for name, tensor in weights.items()})
     for rank, row in enumerate(rows):
-        if row != rows[0]:
-            return rank, next(name for name in weights if row.get(name) != rows[0].get(name))
+        if row != (first := rows[rank % shards]):
+            return rank, next(name for name in weights if row.get(name) != first.get(name))
     return None
 
 

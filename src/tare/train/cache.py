@@ -150,6 +150,12 @@ def verify(folder: Path) -> bool:
     return True
 
 
+def hashes(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file of a whole entry but its JSON, as its manifest states them."""
+    files = json.loads((folder / MANIFEST).read_bytes())["files"]
+    return {name: digest for name, (_, digest) in files.items() if not name.endswith(".json")}
+
+
 def sha256_file(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal, read in pieces."""
     digest = hashlib.sha256()

@@ -7,6 +7,7 @@ cut across ranks writes them in pieces (`train.sharded`); what is read back here
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
@@ -126,7 +127,9 @@ def prepare(
 def make(folder: Path) -> None:
     """The folder of checkpoints, if it is not there yet. Raises `CheckpointError` where the run's own has vanished."""
     try:
-        folder.mkdir(exist_ok=True)
+        if not folder.is_dir():
+            folder.mkdir(exist_ok=True)
+            integrity.sync(folder.parent)
     except OSError as fault:  # the run's folder itself has vanished, or may no longer be written
         raise CheckpointError(f"{folder}: cannot be written ({fault.strerror}); the checkpoint is not saved") from fault
 
@@ -148,6 +151,20 @@ def found(folder: Path) -> list[tuple[int, Path]]:
         return []
     named = [(step, path) for path in folder.iterdir() if (step := step_of(path.name)) is not None]
     return sorted(named, reverse=True)
+
+
+def set_aside(folder: Path, step: int) -> None:
+    """Give checkpoints newer than the one that a run goes on from, damaged ones, another name: they are not to count as kept.
+
+    `step-7` becomes `step-7.damaged`, which nothing reads; one of an earlier time goes. Raises `CheckpointError` where it cannot be.
+    """
+    for newer, path in found(folder):
+        if newer > step:
+            try:
+                shutil.rmtree(aside := path.with_name(f"{path.name}.damaged"), ignore_errors=True)
+                path.rename(aside)
+            except OSError as fault:
+                raise CheckpointError(f"{path}: is damaged and cannot be set aside ({fault.strerror})") from fault
 
 
 def prune(folder: Path, keep: int) -> None:

@@ -171,6 +171,7 @@ class Corpus:
     fingerprint: str  # of the content of the sources and the way they are split
     vocab_size: int  # ids that the tokenizer uses: the model needs at least so many
     facts: dict[str, Any]
+    tokens_hash: str = ""  # of the bytes of all token files
 
     def dataset(self, seed: int, batch: int = 1) -> PackedDataset:
         """The training sequences in the order of `seed`; `InputError` when they do not fill one batch."""
@@ -243,7 +244,8 @@ def open_corpus(
     if len(evaluation) < 2:
         raise InputError(f"data: {data.eval_source or data.source!r} leaves {len(evaluation)} tokens to evaluate on")
     fingerprint = cache.key_of(prints, data.eval_fraction if not held else None)
-    return Corpus(data, train, evaluation, made, mark, fingerprint, id_count(made), facts)
+    tokens = cache.key_of(cache.hashes(folder), cache.hashes(held_file.parent))
+    return Corpus(data, train, evaluation, made, mark, fingerprint, id_count(made), facts, tokens)
 
 
 def _inside(held: sources.Source, source: sources.Source) -> bool:

@@ -134,6 +134,9 @@ def _checkpoints(folder: Path, say: Any) -> tuple[list[Snapshot], bool]:
         where = f"checkpoints/{path.name}"
         try:
             snapshot = checkpoint.load(path, step)
+        except integrity.NewerFormat as fault:
+            say(Finding(where, "damaged", _line(fault).removeprefix(f"{path}: ")))
+            return [], True  # a run refuses to go on from an older one then
         except (CheckpointError, OSError) as fault:
             text = _line(fault).removeprefix(f"{path}/").removeprefix(f"{path}: ")
             say(Finding(where, "damaged", text))

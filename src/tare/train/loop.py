@@ -82,8 +82,10 @@ def _train(config: RunConfig, crew: Crew, on_event: OnEvent) -> Result:
     predicted: dict[str, int] = {}
     working = lambda text: on_event(progress.Working(text))  # noqa: E731
     try:
+        config = crew.share(
+            lambda: restarts.going_on(config)
+        )  # worker 0 decides: on another machine is another launcher
         with crew.together():
-            config = restarts.going_on(config)
             folder = run.RunFolder(config.run.out, config.run.resume, own=crew.first)
         with crew.together():
             if config.run.resume:  # each reads its part of the files and all know whether they are intact

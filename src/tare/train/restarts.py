@@ -30,11 +30,12 @@ def restarted() -> bool:
 
 
 def going_on(config: RunConfig) -> RunConfig:
-    """The configuration with `run.resume` on where this is a restart and the run in the folder is of the same launch."""
+    """The configuration with `run.resume` on where this is a restart and the run in the folder is of the same launch, and has begun."""
     if config.run.resume or not restarted():
         return config
+    folder = Path(config.run.out).expanduser()
     try:
-        same = (Path(config.run.out).expanduser() / NAME).read_text("utf-8") == launch()
+        same = (folder / NAME).read_text("utf-8") == launch() and (folder / "config.yaml").exists()
     except (OSError, UnicodeDecodeError):
         return config
     return replace(config, run=replace(config.run, resume=True)) if same else config

@@ -85,6 +85,7 @@ class RunFolder:
                 if not parent.exists():
                     parent.mkdir()
                     self._created.append(parent)
+                    integrity.sync(parent.parent)
             self._lock = self._acquire()
         except OSError as fault:
             self._undo()
@@ -93,13 +94,12 @@ class RunFolder:
 
     def close(self) -> None:
         """Give the folder free for other processes."""
-        if not self.own:
+        if self._lock is None:  # of another process, or given free already: the file may be that of the next owner
             return
         with contextlib.suppress(OSError):
             (self.path / "run.lock").unlink(missing_ok=True)
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        os.close(self._lock)
+        self._lock = None
 
     def abandon(self) -> None:
         """Close, and remove the folders made by this object if nothing has been put there."""
@@ -125,9 +125,11 @@ class RunFolder:
                 integrity.reach("between_models")
             os.rename(new, self.model)
             integrity.sync(self.path)
-        except OSError as fault:
+        except Exception as fault:  # safetensors has a class of its own for a full disk
             shutil.rmtree(new, ignore_errors=True)
-            raise CheckpointError(f"{self.model}: could not be saved: {fault.strerror or fault}") from fault
+            if isinstance(fault, CheckpointError):
+                raise
+            raise CheckpointError(f"{self.model}: could not be saved: {integrity.why(fault)}") from fault
         shutil.rmtree(old, ignore_errors=True)
 
     def _check(self, out: str | Path, resume: bool) -> None:
@@ -149,8 +151,11 @@ class RunFolder:
             )
         if content and not resume:
             raise InputError(f"run.out: {out} is not empty; resume the run in it (--resume), or choose another folder")
-        if content and resume and not self.config.exists() and not self.checkpoints.exists():
-            raise CheckpointError(f"run.resume: there is no run in {out} (it holds {content[0]!r}); check run.out")
+        if resume and not self.config.exists() and not self.checkpoints.exists():
+            what = f"it holds {content[0]!r}" if content else "it is empty, or a run ended there before it began"
+            raise CheckpointError(
+                f"run.resume: there is no run in {out} ({what}); check run.out, or start it without resume"
+            )
 
     def _acquire(self) -> int | None:
         """Lock `run.lock`. The kernel drops the lock with the process, so one left by a dead process is simply taken over."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tare.core.errors import CheckpointError
+from tare.parallel.group import PATIENCE
 from tare.train import checkpoint, sharded
 from tare.train.base import NONE, Base
 from tare.train.machine import memory_of
@@ -137,7 +138,7 @@ class Saver:
         if self._group is None:
             from torch import distributed as dist
 
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         return self._group
 
 
@@ -149,7 +150,7 @@ def in_background(mode: Mode, device: torch.device, budget: str | None, copy: in
             CPU the budget counts the memory that it takes, or would need more than `SHARE` of the host's memory.
         device: of the training.
         budget: the setting `run.budget`.
-        copy: bytes of weights and state, of all ranks.
+        copy: bytes of weights and state, of all ranks on this host that write.
     """
     if mode != "auto":
         return mode == "always"

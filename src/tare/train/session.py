@@ -23,7 +23,7 @@ from tare.plan.activations import causal_loss
 from tare.plan.models import DTYPES, build_model, enable_checkpointing
 from tare.plan.resolve import Choice
 from tare.plan.resolve import resolve as resolve_method
-from tare.train import adapters, compressing, machine, sharded, spreading
+from tare.train import adapters, compressing, identity, machine, sharded, spreading
 from tare.train.bars import no_bars
 from tare.train.base import NONE, Base, base_of
 from tare.train.checkpoint import Snapshot
@@ -358,13 +358,7 @@ def restore(session: Session, snapshot: Snapshot) -> list[str]:
 
     Raises `CheckpointError` if they come from another model, method, tokenizer or data.
     """
-    for name, own in identity(session).items():
-        if snapshot.trainer.get(name) != own:
-            what = {"tokenizer": "the tokenizer", "data": "the training data"}[name]
-            raise CheckpointError(
-                f"{snapshot.folder}: {what} has changed since it was saved, so the run cannot go on as it was; "
-                "restore it, or start a new run in another run.out"
-            )
+    identity.check(session, snapshot)
     own_decay = [group.get("weight_decay") for group in session.optimizer.param_groups]
     sharded.restore_model(session.model, snapshot, session.base)
     try:
@@ -387,11 +381,6 @@ def restore(session: Session, snapshot: Snapshot) -> list[str]:
     else:  # more processes than there were: each with random numbers of its own
         seed_everything(session.config.run.seed + snapshot.step, session.crew.part)
     return [*warned, *restore_arithmetic(snapshot.trainer["arithmetic"], session.device)]
-
-
-def identity(session: Session) -> dict[str, str]:
-    """What a checkpoint must agree on besides the configuration."""
-    return {"tokenizer": session.corpus.tokenizer_hash, "data": session.corpus.fingerprint}
 
 
 def whole_model(session: Session) -> dict[str, Tensor] | None:

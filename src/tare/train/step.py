@@ -101,6 +101,7 @@ def _step_back(job: Session, losses_of: list[Callable[[], Tensor]]) -> Outcome:
         (loss,) = job.crew.sums(sum(map(float, losses)) / job.crew.size)
         return Outcome(loss, norm, None if train.clip is None else factor)
     except NotFinite as fault:
+        job.spread.drop()
         return Outcome(math.nan, None, problem=str(fault))
     finally:
         optimizer.zero_grad(set_to_none=True)  # and what earlier micro-batches of a dropped step have gathered

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from json import dumps
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from tare.train import (
     workers,
 )
 from tare.train.evaluate import evaluate
+from tare.train.identity import identity
 from tare.train.memory_advice import advising
 from tare.train.metrics import Metrics, Silent
 from tare.train.run import RunFolder
@@ -95,6 +97,8 @@ class Trainer:
         own = job.config.run
         held = checkpoint.held_weights(job.model, job.base.names)
         copy = checkpoint.nbytes(held) + int(job.optimizer.state_bytes())
+        if job.spread.form == "fsdp":  # all write, and all decide alike
+            copy = max(self.crew.gather(copy)) * self.crew.on_host
         background = in_background(own.checkpoint_async, job.device, own.budget, copy)
         self.saver = Saver(folder.checkpoints, job.model, job.optimizer, own.keep, background, job.base)
         self.seeds: RunLog | None = None
@@ -267,11 +271,13 @@ class Trainer:
         self.tell(progress.Evaluated(now.step, result.loss, result.perplexity, result.tokens))
 
     def _save(self) -> None:
-        now, last = self.now, self.saved
-        if self.job.spread.form in ("ddp", "leaves") and (other := differing(self.job.model, self.crew)):
+        now, last, loss = self.now, self.saved, self.now.eval_loss
+        spread = self.job.spread
+        same = spread.form in ("ddp", "leaves") or spread.repeated > 1
+        if same and (other := differing(self.job.model, self.crew, spread.shards)):
             raise Diverged(
-                f"step {now.step}: the weights of worker {other[0]} are not those of worker 0 (first at {other[1]}); not saved: resume "
-                f"from the checkpoint of step {last}, and look for what one process does alone"
+                f"step {now.step}: the weights of worker {other[0]} are not those of worker {other[0] % spread.shards} (first at "
+                f"{other[1]}); not saved: resume from the checkpoint of step {last}, and look for what one process does alone"
             )
         exchange = compressing.state_of(self.job)
         of_all = self.crew.gather(random_state()) if self.crew.size > 1 and not self.job.forward_only else []
@@ -293,7 +299,7 @@ class Trainer:
             "world_size": self.crew.size,
             "config_sha256": sha256(dumps(config, sort_keys=True).encode()).hexdigest(),
             "method": self.config.method.key,
-            "eval_loss": now.eval_loss if now.evaluated == now.step else None,
+            "eval_loss": loss if now.evaluated == now.step and loss is not None and isfinite(loss) else None,
         }
         trainer = {
             "counters": asdict(now),
@@ -303,7 +309,7 @@ class Trainer:
             "arithmetic": arithmetic(self.job.device),
             "workers": self.crew.size,
             **({"random_of_workers": of_all} if of_all else {}),
-            **session.identity(self.job),
+            **identity(self.job),
         }
         self.saver.save(now.step, trainer, facts, exchange)
         self._note(self.saver.finished())
@@ -346,6 +352,8 @@ def begin(
     """Write the configuration, cut the log back to where the run goes on, and say so."""
     from tare.train.metrics import truncate
 
+    if resumed:
+        checkpoint.set_aside(folder.checkpoints, counters.step)
     truncate(folder.metrics, *((counters.step, counters.evaluated) if resumed else (-1, -1)))
     restarts.mark(folder.path)
     folder.write_config(job.config)

@@ -59,6 +59,7 @@ class TaskData:
     eval: list[Example]
     order: Order
     notes: list[str] = field(default_factory=list)
+    tokens_hash: str = ""  # nothing is kept as files
 
     @property
     def outputs(self) -> int | None:
