@@ -44,13 +44,13 @@ def law_of(directions: str | Law) -> Law:
 
 
 def pick(argument: str, given: Any, known: dict[str, Any]) -> Any:
-    """One of `known` by its name, or an object as it is given.
+    """One of `known` by its name, or an object that can do what they can, as it is given.
 
     >>> pick("probe", "one", {"one": 1, "two": 2})
     1
 
     Raises:
-        InputError: a name that is none of them.
+        InputError: a name that is none of them, or an object of another kind.
     """
     if isinstance(given, str):
         if given not in known:
@@ -58,4 +58,8 @@ def pick(argument: str, given: Any, known: dict[str, Any]) -> Any:
                 f"Invalid {argument}: {given!r}; expected one of {', '.join(known)}{nearest(given, list(known))}, or an object"
             )
         return known[given]
+    first = next(iter(known.values()))
+    duties = [name for name in ("ask", "draw", "update", "shape") if callable(getattr(first, name, None))]
+    if not all(callable(getattr(given, name, None)) for name in duties):
+        raise InputError(f"Invalid {argument}: {given!r}; expected one of {', '.join(known)}, or an object like theirs")
     return given

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from tare.core.checks import check_number
 from tare.core.errors import InputError
 from tare.core.leaf import Leaf
 from tare.core.recipe import Match, Recipe, matches
@@ -139,8 +140,8 @@ class Eggroll(PopulationOptimizer):
         directed = Directed(law, pick("rule", rule, solvers), undecayed=undecayed)
         resting = Resting(targets, embeddings, pick("vectors", vectors, {"frozen": False, "gaussian": True}))
         self.clip = 1.0 if clip is None and shaping == "baseline" else clip
-        if self.clip is not None and not self.clip > 0:
-            raise InputError(f"Invalid clip: {self.clip!r}; expected a number > 0, or None")
+        if self.clip is not None:
+            check_number("clip", self.clip, 0.0)
         super().__init__(
             params, Recipe(((resting, Untouched()), (targets, directed), ("*", Untouched()))), lr,
             probe=Antithetic(members, sigma, pick("shaping", shaping, shapings), prompts, scaling), together=together,

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from tare.core.errors import InputError, nearest
 from tare.core.recipe import Match
 from tare.core.storage import Storage
 from tare.core.transform import Transform
@@ -92,3 +93,7 @@ class SparseMeZO(MeZO):
             undecayed=undecayed, memory=memory, exchange=exchange, weight_decay=weight_decay, storage=storage, seed=seed,
             maximize=maximize, patience=patience, on_step=on_step, model=model,
         )  # fmt: skip
+        names = [entry.leaf.name for entry in self._entries.values()]
+        for name in thresholds or {}:
+            if name not in names:
+                raise InputError(f"thresholds: no leaf is called {name!r}{nearest(name, names)}")

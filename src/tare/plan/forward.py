@@ -25,6 +25,7 @@ from tare.plan.tracker import MemoryTracker
 from tare.zeroth.directions import Directed
 from tare.zeroth.memory import InForward
 from tare.zeroth.optimizer import ForwardOptimizer
+from tare.zeroth.stream_memory import Streamed
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -81,6 +82,15 @@ def probe_profile(
     size = DTYPES[dtype].itemsize
     account = optimizer.state_bytes()
     beside = 0 if inside else int(IN_PLACE * size * sum(leaf.numel for leaf in trained))
+    remark = f"{optimizer.probe.evaluations:g} forward passes a step" + (
+        f" and micro-batch of {accumulate}" if accumulate > 1 else ""
+    )
+    if isinstance(optimizer.memory, Streamed):  # on the CPU host and device are one memory
+        stream = optimizer.memory.stream
+        beside += sum(stream.footprint)
+        there = stream.resident + stream.copies + stream.footprint[0]
+        remark += f"; with the blocks on the host {there / 2**20:.2f} MiB of weights on a GPU"
+    optimizer.close()
     moved: list[Any] = [e.transform for e in entries]
     largest = max((leaf.numel for leaf in trained), default=0)
     # Where law and rule cannot step in one pass, a leaf's gradient is put together in fp32: a piece at a time, or else whole.
@@ -90,6 +100,7 @@ def probe_profile(
         gradient = 4 * min(largest, 4 * CHUNK)
     else:
         gradient = 4 * largest
+    gradient = int(gradient * max((each.workspace - 1.0 for each in moved), default=1.0))
     tokens = tracked.tokens * accumulate + GENERATOR
     step, more = Moment(tokens, 0, gradient), tokens - tracked.tokens
     reads = [leaf.numel for leaf, each in zip(trained, moved, strict=True) if each.law.reads_weight]
@@ -97,8 +108,7 @@ def probe_profile(
     first = Moment(tokens, 0, max(COUNTS + CUTTING * piece, 2 * COUNTS + COUNTING * piece)) if reads else None
     probe = dataclasses.replace(tracked.probe, activations=tracked.probe.activations + more)
     return ProbeProfile(
-        tracked.weights, account.total + account.shared, probe.plus(temporaries=beside), step, tracked.evaluation, first,
-        f"{optimizer.probe.evaluations:g} forward passes a step" + (f" and micro-batch of {accumulate}" if accumulate > 1 else ""),
+        tracked.weights, account.total + account.shared, probe.plus(temporaries=beside), step, tracked.evaluation, first, remark,
     )  # fmt: skip
 
 

@@ -81,6 +81,15 @@ class Hopping:
         return Estimate([Term(member, share) for member, share in shares.items()], weights)
 
     @property
+    def worst(self) -> float:
+        """The loss of a member without one: it weighs nothing."""
+        return -math.inf if self.higher else math.inf
+
+    def bearable(self, points: Sequence[Point]) -> int:
+        """Finite losses that are enough."""
+        return 1
+
+    @property
     def evaluations(self) -> float:
         return float(self.n)
 
@@ -153,6 +162,15 @@ class Swarm:
         values = yield [Point(((i, 1.0),)) for i in chosen]
         weights = gibbs([-v for v in values] if self.higher else values, self.temperature(step))
         return Estimate([Term(i, -weight) for i, weight in zip(chosen, weights, strict=True)], weights)
+
+    @property
+    def worst(self) -> float:
+        """The loss of a member without one: it weighs nothing."""
+        return -math.inf if self.higher else math.inf
+
+    def bearable(self, points: Sequence[Point]) -> int:
+        """Finite losses that are enough."""
+        return 1
 
     @property
     def evaluations(self) -> float:

@@ -1,5 +1,6 @@
 """Evaluating: the conversation of a probe with a closure. The side of the optimizer that looks, and writes nothing."""
 
+import math
 from collections.abc import Callable
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
@@ -58,7 +59,11 @@ class Evaluating:
             points = next(asking)
             while True:
                 values = self._evaluate(leaves, points, closure, losses, dice)
-                if not finite(values) or not finite(losses):
+                if (bearable := getattr(self.probe, "bearable", None)) is not None:
+                    if sum(map(math.isfinite, values)) < bearable(points):
+                        return None
+                    values = [value if math.isfinite(value) else self.probe.worst for value in values]  # type: ignore[attr-defined]
+                elif not finite(values) or not finite(losses):
                     return None
                 points = asking.send(values)
         except StopIteration as done:

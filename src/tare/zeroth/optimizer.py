@@ -158,8 +158,16 @@ class ForwardOptimizer(Evaluating, Optimizer):
         """
         if closure is None:
             raise InputError("step: this method evaluates the loss itself; call opt.step(closure)")
+        if not callable(closure):
+            raise InputError(
+                f"step: expected a function that returns the loss, got a {type(closure).__name__}; call opt.step(lambda: loss_of(batch))"
+            )
         self._begin()
         leaves = self._moved()
+        if not leaves:
+            raise InputError(
+                "params: every leaf that is to be trained has requires_grad=False; call requires_grad_(True) on them"
+            )
         self._watch.model()
         self._watch.gradients(self._entries)
         self._prepare_laws(leaves)
@@ -208,6 +216,11 @@ class ForwardOptimizer(Evaluating, Optimizer):
 
     def _record(self, estimate: Estimate | None, losses: list[float], leaves: list[Moved]) -> Record:
         rates = tuple((float(g["lr"]), float(g["weight_decay"])) for g in self.param_groups)
+        for number, (lr, decay) in enumerate(rates):
+            if not finite([lr, decay]):
+                raise InputError(
+                    f"lr: {lr:g} (weight_decay {decay:g}) in group {number}; expected finite numbers, nothing was stepped"
+                )
         names = tuple(leaf.draw(0).leaf.name for leaf in leaves)
         bare = Record(self.steps, (), 0.0, rates, tuple(losses), skipped=True, moved=False, leaves=names)
         if estimate is None or not finite([estimate.factor, *(term.coefficient for term in estimate.terms)]):

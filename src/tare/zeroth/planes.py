@@ -259,7 +259,7 @@ def gram(leaves: Sequence[Moved], count: int) -> Tensor:
     for leaf in leaves:
         weight, law, numel = leaf.parameter.detach(), leaf.directed.law, leaf.draw(0).leaf.numel
         own = torch.zeros(count, count, dtype=torch.float64)
-        size = numel if not law.partial else max(1, (1 << 20) // count)
+        size = numel if not law.partial else max(1, (1 << 15) // count)
         for start, stop in spans(numel, size):
             z = torch.stack([law.draw(leaf.draw(i), leaf.state, weight, start, stop) for i in range(count)]).double()
             for i in range(count):  # not a matrix product, whose sums may depend on where its memory lies

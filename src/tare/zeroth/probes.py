@@ -63,7 +63,11 @@ PLAIN = Plain()
 
 
 class Probe(Protocol):
-    """What evaluates the loss around theta."""
+    """What evaluates the loss around theta.
+
+    A step with a loss that is not finite is skipped, unless the probe has `bearable(points)`, how many finite ones are enough: it is then
+    sent its `worst` for each of the others.
+    """
 
     def ask(self, step: int, kept: Mapping[str, float]) -> Asking:
         """One step's questions; see the module.

@@ -113,6 +113,15 @@ class Ranking:
         return (step - int(when)) * self.m + int(number)
 
     @property
+    def worst(self) -> float:
+        """The loss of a point without one: it comes last."""
+        return -math.inf if self.higher else math.inf
+
+    def bearable(self, points: Sequence[Point]) -> int:
+        """Finite losses that are enough: those that are told in order."""
+        return points.best if isinstance(points, Question) else len(points)
+
+    @property
     def evaluations(self) -> float:
         return self.m + self.line_search + (2.0 if self.recalls else 0.0)
 
@@ -286,13 +295,21 @@ def _question(points: list[Point]) -> Question:
 
 def _checked(order: Sequence[int], count: int, best: int) -> list[int]:
     """The first `best` numbers of an order of `count` candidates."""
-    numbers = [int(number) for number in _each(order)]
+    numbers = [_whole(number) for number in _each(order)]
     if len(numbers) < best or len(set(numbers)) < len(numbers) or not all(0 <= number < count for number in numbers):
         raise InputError(
             f"tell: expected the numbers of the best {best} of {count} candidates, the best first, each once and from 0 to {count - 1}; "
             f"got {numbers}"
         )
     return numbers[:best]
+
+
+def _whole(number: Any) -> int:
+    if isinstance(number, bool) or not hasattr(number, "__index__"):
+        raise InputError(
+            f"tell: expected numbers of candidates, whole ones, got {number!r}; scores are ranked by step(ranker=...)"
+        )
+    return int(number)
 
 
 def _each(order: Any) -> Iterator[Any]:

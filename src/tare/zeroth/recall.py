@@ -74,7 +74,7 @@ class Recall(Transform):
 
     @property
     def workspace(self) -> float:  # type: ignore[override]
-        return self.rule.workspace
+        return self.rule.workspace + 4.0  # two moments at most, a former gradient, and what it is added up in
 
     def spec(self, leaf: Leaf) -> dict[str, StateSpec]:
         return {FROM: StateSpec((), "count"), LAST: StateSpec((), "count", init=-1)}

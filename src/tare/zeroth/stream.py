@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tare.core.errors import InputError
 from tare.zeroth.stream_blocks import Block, bytes_of, find_blocks
 from tare.zeroth.stream_codecs import codec
-from tare.zeroth.stream_device import Host, Slot, carrier
+from tare.zeroth.stream_device import Host, Room, Slot, carrier
 
 if TYPE_CHECKING:
     from tare.zeroth.reads import Reads
@@ -115,7 +115,8 @@ class Stream:
 
     def _open(self) -> None:
         """The device, and how many blocks it has room for."""
-        self.carrier: Host = carrier(*self._where)
+        planned = any(p.is_meta for p in self.model.parameters())  # nothing will be moved
+        self.carrier: Host = Host(torch.device("meta"), Room(self._where[1])) if planned else carrier(*self._where)
         self._passing, self._clock = 0, 0
         room = self.carrier.room
         left = None if room.limit is None else room.limit - self.resident - self.copies
@@ -129,6 +130,11 @@ class Stream:
         self._slots = [Slot() for _ in range(self.ahead + 1)]
         room.take(self.resident, "what is outside of blocks")
         room.take(self.copies, "the perturbed copy of a module's weights")
+
+    @property
+    def footprint(self) -> tuple[int, int]:
+        """Bytes beside the weights: of slots on the device, and of codes on the host."""
+        return len(self._slots) * self.largest, bytes_of([code for codes in self.codes.values() for code in codes])
 
     def settle_in(self) -> None:
         """Every weight to where it rests."""

@@ -87,10 +87,9 @@ def _check(model: nn.Module, blocks: list[Block]) -> None:
                     f"blocks: {block.name}.{name} is tied: {' and '.join(sorted(owners[p]))} share it, so it cannot come and go with "
                     "one block; untie it"
                 )
-            if isinstance(p, Int8Weight) or p.is_meta or p.layout != torch.strided:
+            if isinstance(p, Int8Weight) or p.layout != torch.strided:
                 raise InputError(
-                    f"blocks: {block.name}.{name} is {'on the meta device' if p.is_meta else 'int8 or sparse'}; only plain float "
-                    "weights in memory can be streamed"
+                    f"blocks: {block.name}.{name} is int8 or sparse; only plain float weights can be streamed"
                 )
     if not any(block.params for block in blocks):
         raise InputError("blocks: the blocks have no parameters; there is nothing to stream")
