@@ -158,7 +158,7 @@ class ForwardOptimizer(Evaluating, Optimizer):
         """
         if closure is None:
             raise InputError("step: this method evaluates the loss itself; call opt.step(closure)")
-        if not callable(closure):
+        if isinstance(closure, Tensor | float | int):
             raise InputError(
                 f"step: expected a function that returns the loss, got a {type(closure).__name__}; call opt.step(lambda: loss_of(batch))"
             )

@@ -115,7 +115,7 @@ class Stream:
 
     def _open(self) -> None:
         """The device, and how many blocks it has room for."""
-        planned = any(p.is_meta for p in self.model.parameters())  # nothing will be moved
+        planned = any(p.is_meta for p in (*self.rest, *self.streamed))  # nothing will be moved
         self.carrier: Host = Host(torch.device("meta"), Room(self._where[1])) if planned else carrier(*self._where)
         self._passing, self._clock = 0, 0
         room = self.carrier.room
