@@ -18,6 +18,7 @@ from processes import CONTEXT
 from safetensors.torch import load_file
 
 from tare.train import loop, progress
+from tare.train.cache import write_atomic
 from tare.train.config import DataConfig, MethodConfig, ModelConfig, RunConfig, RunSection, TrainConfig
 
 
@@ -30,7 +31,7 @@ def corpus() -> str:
         base = Path(sysconfig.get_path("stdlib"))
         texts = [(base / name).read_text("utf-8") for name in ("argparse.py", "typing.py", "inspect.py", "tarfile.py")]
         pieces = [text[at : at + 1500] for text in texts for at in range(0, len(text), 1500)]
-        path.write_text("".join(json.dumps({"text": piece}) + "\n" for piece in pieces), "utf-8")
+        write_atomic(path, "".join(json.dumps({"text": piece}) + "\n" for piece in pieces).encode())
     return str(path)
 
 
@@ -41,7 +42,8 @@ def model() -> str:
 
     path = Path(os.environ["TARE_CACHE"]) / "tiny-model"
     shape = {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 2, "num_attention_heads": 2}
-    LlamaConfig(**shape, vocab_size=300, max_position_embeddings=64).save_pretrained(path)
+    text = LlamaConfig(**shape, vocab_size=300, max_position_embeddings=64).to_json_string()
+    write_atomic(path / "config.json", text.encode())  # whole, for another test process that shares the cache
     return str(path)
 
 
