@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tare.cli.main import main
 from tare.methods import registry
 from tare.train.configfile import load
 
@@ -193,3 +194,17 @@ def test_an_interrupt_saves_and_ends_with_130(job: list[str], tmp_path: Path) ->
     assert shown == ""
     assert errors.splitlines()[-1].startswith("tare: interrupted at step ")
     assert "tare train --resume --out" in errors
+
+
+@pytest.mark.parametrize("left", [None, "run.lock"])
+def test_resuming_what_never_began_trains_nothing_else(
+    left: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The defaults would be another training than the one that was killed."""
+    out = tmp_path / "run"
+    out.mkdir()
+    if left is not None:
+        (out / left).write_text("999999\n")
+    assert main(["train", "--resume", "--out", str(out)]) == 2
+    assert "there is no run in" in capsys.readouterr().err
+    assert {path.name for path in out.iterdir()} <= {"run.lock"}

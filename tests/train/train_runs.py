@@ -17,7 +17,7 @@ import torch
 from processes import CONTEXT
 from safetensors.torch import load_file
 
-from tare.train import loop, progress
+from tare.train import checkpoint, loop, progress
 from tare.train.cache import write_atomic
 from tare.train.config import DataConfig, MethodConfig, ModelConfig, RunConfig, RunSection, TrainConfig
 
@@ -110,7 +110,7 @@ def kill_after(process: Any, seconds: float, begun: bool = False) -> bool:
 def fingerprint(out: Path) -> str:
     """A hash of the final weights, bit for bit, and of the last checkpoint's optimizer state."""
     digest = hashlib.sha256()
-    last = max((out / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
+    _, last = checkpoint.found(out / "checkpoints")[0]
     for file in (out / "model" / "model.safetensors", last / "weights.safetensors", last / "optimizer.safetensors"):
         for name, tensor in sorted(load_file(file).items()):
             digest.update(name.encode() + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())

@@ -32,6 +32,16 @@ def resolve(args: argparse.Namespace, extra: list[Given] | None = None, saved: s
         base = Path(given.run.out).expanduser() / saved
         if given.run.resume and base.is_file():
             return build(read(base), [*settings, Given("run.out", given.run.out, "--out")])
+        if (
+            given.run.resume
+            and saved == "config.yaml"
+            and base.parent.is_dir()
+            and all(g.path.startswith("run.") for g in settings)
+        ):
+            raise InputError(
+                f"run.resume: there is no run in {given.run.out}, at most one that ended before it began; start it with the words that it "
+                "was started with, and --out; check run.out"
+            )
     except InputError as error:
         raise InputError(_as_given(str(error), settings)) from None
     return given

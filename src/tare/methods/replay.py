@@ -106,7 +106,7 @@ def matching(log: Log, model: Model) -> dict[str, Tensor]:
         name = leaf["name"]
         if name not in known:
             raise InputError(
-                f"{log.path}: the model has no {name}; give the model that the run was of, its adapter and its --quantize included"
+                f"{log.path}: the model has no {name}; give the model that the run was of, adapters included, quantised as it was"
             )
         p = found[name] = known[name]
         have = (list(p.shape), str(p.dtype).removeprefix("torch."))

@@ -151,11 +151,8 @@ class RunFolder:
             )
         if content and not resume:
             raise InputError(f"run.out: {out} is not empty; resume the run in it (--resume), or choose another folder")
-        if resume and not self.config.exists() and not self.checkpoints.exists():
-            what = f"it holds {content[0]!r}" if content else "it is empty, or a run ended there before it began"
-            raise CheckpointError(
-                f"run.resume: there is no run in {out} ({what}); check run.out, or start it without resume"
-            )
+        if content and resume and not self.config.exists() and not self.checkpoints.exists():
+            raise CheckpointError(f"run.resume: there is no run in {out} (it holds {content[0]!r}); check run.out")
 
     def _acquire(self) -> int | None:
         """Lock `run.lock`. The kernel drops the lock with the process, so one left by a dead process is simply taken over."""
